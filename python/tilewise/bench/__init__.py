@@ -40,25 +40,50 @@ def _machine(device: torch.device, threads: int) -> dict:
     }
 
 
-def _table(family: str, results: list[Result], machine: dict, rates: Rates):
+def cells(result: dict) -> list[str]:
+    """A result as text: case, both times, ratio with the middle half of its pairs, promise, floor, share of it."""
+    ratio = f"{result['ratio']:.2f} ({result['ratio_low']:.2f} to {result['ratio_high']:.2f})"
+    promised = f"{result['target']:.2f}" if result["target"] else ""
+    floor, fraction = (f"{result['floor_seconds'] * 1e3:.3g}", f"{result['fraction_of_floor']:.0%}")
+    times = (f"{result[side + '_seconds'] * 1e3:.3g}" for side in ("tilewise", "torch"))
+    return [result["name"], *times, ratio, promised, *((floor, fraction) if result["floor_seconds"] else ("", ""))]
+
+
+COLUMNS = ("case", "tilewise ms", "torch ms", "torch / tilewise", "promised", "floor ms", "of floor")
+
+
+def _table(entry: dict):
     from rich.table import Table
 
+    machine, rates = entry["machine"], entry["rates"]
     about = f"{machine['device']}, {machine['threads']} thread(s), {machine['isa']}, torch {machine['torch']}"
-    table = Table(
-        title=f"{family}: {about}", caption=f"rates {rates.flops / 1e9:.0f} GFLOP/s, {rates.bytes / 1e9:.1f} GB/s"
-    )
-    table.add_column("case")
-    for column in ("tilewise ms", "torch ms", "torch / tilewise", "promised", "floor ms", "of floor"):
-        table.add_column(column, justify="right")
-    for r in results:
-        met = r.target is None or r.ratio >= r.target
-        ratio = f"[{'green' if met else 'red'}]{r.ratio:.2f}[/] ({r.ratio_low:.2f} to {r.ratio_high:.2f})"
-        promised = "" if r.target is None else f"{r.target:.2f}"
-        fraction = f"{r.fraction_of_floor:.0%}" if r.floor_seconds else ""
-        floor = f"{r.floor_seconds * 1e3:.3g}" if r.floor_seconds else ""
-        row = (f"{r.tilewise_seconds * 1e3:.3g}", f"{r.torch_seconds * 1e3:.3g}", ratio, promised, floor, fraction)
-        table.add_row(r.name, *row)
+    measured = f"rates measured: {rates['flops'] / 1e9:.0f} GFLOP/s, {rates['bytes'] / 1e9:.1f} GB/s"
+    table = Table(title=f"{entry['family']}: {about}", caption=measured)
+    for column in COLUMNS:
+        table.add_column(column, justify="left" if column == "case" else "right")
+    for result in entry["results"]:
+        missed = result["target"] and result["ratio"] < result["target"]
+        table.add_row(*cells(result), style="red" if missed else None)
     return table
+
+
+def markdown(report: list[dict], command: str) -> str:
+    """The same tables for bench/results/."""
+    lines = []
+    for entry in report:
+        machine, rates = entry["machine"], entry["rates"]
+        lines += [
+            f"## {entry['family']}",
+            "",
+            f"{machine['device']}, {machine['threads']} thread(s), {machine['isa']}, torch {machine['torch']}, "
+            f"{machine['date']}; rates measured {rates['flops'] / 1e9:.0f} GFLOP/s, {rates['bytes'] / 1e9:.1f} GB/s",
+            "",
+            "| " + " | ".join(COLUMNS) + " |",
+            "|---|" + "---:|" * (len(COLUMNS) - 1),
+            *("| " + " | ".join(cells(r)) + " |" for r in entry["results"]),
+            "",
+        ]
+    return "\n".join([f"Command: `{command}`", "", *lines])
 
 
 def plot(report: list[dict], path: str) -> None:
@@ -87,6 +112,15 @@ def plot(report: list[dict], path: str) -> None:
     plt.close(figure)
 
 
+def measure_family(family: str, device: torch.device, rates: Rates, pattern="", pairs=15, track=iter) -> dict:
+    """One family's entry of the report; ``track`` may wrap the iteration in a progress bar."""
+    cases = [c for c in importlib.import_module(f"tilewise.bench.{family}").cases(device) if pattern in c.name]
+    results = [measure(case, rates, device, pairs) for case in track(cases)]
+    rows = [{**asdict(r), "fraction_of_floor": r.fraction_of_floor} for r in results]
+    machine = _machine(device, torch.get_num_threads())
+    return {"family": family, "machine": machine, "rates": asdict(rates), "results": rows}
+
+
 def run(families, device="cpu", threads=1, pattern="", json_path=None, plot_path=None, pairs=15) -> list[dict]:
     """Runs the cases of ``families`` whose name contains ``pattern``; prints tables, optionally writes JSON and PNG."""
     from rich.console import Console
@@ -98,13 +132,10 @@ def run(families, device="cpu", threads=1, pattern="", json_path=None, plot_path
     rates = measure_rates(device)
     console, report = Console(), []
     for family in families:
-        cases = [c for c in importlib.import_module(f"tilewise.bench.{family}").cases(device) if pattern in c.name]
         with Progress(console=console, transient=True) as progress:
-            results = [measure(c, rates, device, pairs) for c in progress.track(cases, description=family)]
-        machine = _machine(device, threads)
-        console.print(_table(family, results, machine, rates))
-        rows = [{**asdict(r), "fraction_of_floor": r.fraction_of_floor} for r in results]
-        report.append({"family": family, "machine": machine, "rates": asdict(rates), "results": rows})
+            track = lambda cases, family=family: progress.track(cases, description=family)  # noqa: B023, E731
+            report.append(measure_family(family, device, rates, pattern, pairs, track))
+        console.print(_table(report[-1]))
     if json_path:
         Path(json_path).write_text(json.dumps(report, indent=1) + "\n")
     if plot_path:
