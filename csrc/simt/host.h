@@ -9,7 +9,9 @@
 // Two separate defaults: nested in one Site{...} default, g++ 12 would report this header instead of the call site.
 #define SIMT_AT const char *file_ = __builtin_FILE(), int line_ = __builtin_LINE()
 #define SIMT_SITE \
-  rt::Site { file_, line_ }
+  rt::Site {      \
+    file_, line_  \
+  }
 
 #include "host/async.h"
 #include "host/launch.h"

@@ -4,14 +4,22 @@
 
 namespace simt {
 
-SIMT_DEVICE void mbar_init(uint64_t* bar, uint32_t count, SIMT_AT) { rt::mbar_init(bar, count, SIMT_SITE); }
+SIMT_DEVICE void mbar_init(uint64_t* bar, uint32_t count, SIMT_AT) {
+  rt::mbar_init(bar, count, SIMT_SITE);
+}
 SIMT_DEVICE void fence_mbar_init() {}
-SIMT_DEVICE void fence_proxy_async() { rt::fence_proxy_async(); }
-SIMT_DEVICE void mbar_arrive(uint64_t* bar, SIMT_AT) { rt::mbar_arrive(bar, 0, SIMT_SITE); }
+SIMT_DEVICE void fence_proxy_async() {
+  rt::fence_proxy_async();
+}
+SIMT_DEVICE void mbar_arrive(uint64_t* bar, SIMT_AT) {
+  rt::mbar_arrive(bar, 0, SIMT_SITE);
+}
 SIMT_DEVICE void mbar_arrive_expect_tx(uint64_t* bar, uint32_t bytes, SIMT_AT) {
   rt::mbar_arrive(bar, bytes, SIMT_SITE);
 }
-SIMT_DEVICE void mbar_wait(uint64_t* bar, uint32_t parity, SIMT_AT) { rt::mbar_wait(bar, parity, SIMT_SITE); }
+SIMT_DEVICE void mbar_wait(uint64_t* bar, uint32_t parity, SIMT_AT) {
+  rt::mbar_wait(bar, parity, SIMT_SITE);
+}
 
 SIMT_DEVICE void bulk_load(void* dst, const void* src, uint32_t bytes, uint64_t* bar, SIMT_AT) {
   rt::bulk_load(dst, src, bytes, bar, SIMT_SITE);
@@ -45,7 +53,9 @@ SIMT_DEVICE void tma_store_4d(const TensorMap* map, const void* src, int c0, int
 SIMT_DEVICE void tma_store_5d(const TensorMap* map, const void* src, int c0, int c1, int c2, int c3, int c4, SIMT_AT) {
   rt::tma_store(map, src, 5, {{c0, c1, c2, c3, c4}}, SIMT_SITE);
 }
-SIMT_DEVICE void bulk_commit() { rt::bulk_commit(); }
+SIMT_DEVICE void bulk_commit() {
+  rt::bulk_commit();
+}
 template <int N>
 void bulk_wait_read() {
   rt::bulk_wait_read(N);
@@ -63,8 +73,12 @@ void reg_alloc(SIMT_AT) {
   rt::set_max_reg(Registers, true, SIMT_SITE);
 }
 
-SIMT_DEVICE void wgmma_fence(SIMT_AT) { rt::wgmma_fence(SIMT_SITE); }
-SIMT_DEVICE void wgmma_commit(SIMT_AT) { rt::wgmma_commit(SIMT_SITE); }
+SIMT_DEVICE void wgmma_fence(SIMT_AT) {
+  rt::wgmma_fence(SIMT_SITE);
+}
+SIMT_DEVICE void wgmma_commit(SIMT_AT) {
+  rt::wgmma_commit(SIMT_SITE);
+}
 template <int N, int M>
 void wgmma_wait(float (&)[M], SIMT_AT) {
   rt::wgmma_wait(N, SIMT_SITE);

@@ -4,19 +4,27 @@
 
 namespace simt {
 
-SIMT_DEVICE void ldmatrix_x1(uint32_t (&r)[1], const void* row, SIMT_AT) { rt::ldmatrix(r, 1, row, false, SIMT_SITE); }
+SIMT_DEVICE void ldmatrix_x1(uint32_t (&r)[1], const void* row, SIMT_AT) {
+  rt::ldmatrix(r, 1, row, false, SIMT_SITE);
+}
 SIMT_DEVICE void ldmatrix_x1_trans(uint32_t (&r)[1], const void* row, SIMT_AT) {
   rt::ldmatrix(r, 1, row, true, SIMT_SITE);
 }
-SIMT_DEVICE void ldmatrix_x2(uint32_t (&r)[2], const void* row, SIMT_AT) { rt::ldmatrix(r, 2, row, false, SIMT_SITE); }
+SIMT_DEVICE void ldmatrix_x2(uint32_t (&r)[2], const void* row, SIMT_AT) {
+  rt::ldmatrix(r, 2, row, false, SIMT_SITE);
+}
 SIMT_DEVICE void ldmatrix_x2_trans(uint32_t (&r)[2], const void* row, SIMT_AT) {
   rt::ldmatrix(r, 2, row, true, SIMT_SITE);
 }
-SIMT_DEVICE void ldmatrix_x4(uint32_t (&r)[4], const void* row, SIMT_AT) { rt::ldmatrix(r, 4, row, false, SIMT_SITE); }
+SIMT_DEVICE void ldmatrix_x4(uint32_t (&r)[4], const void* row, SIMT_AT) {
+  rt::ldmatrix(r, 4, row, false, SIMT_SITE);
+}
 SIMT_DEVICE void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row, SIMT_AT) {
   rt::ldmatrix(r, 4, row, true, SIMT_SITE);
 }
-SIMT_DEVICE void stmatrix_x4(void* row, const uint32_t (&r)[4], SIMT_AT) { rt::stmatrix(r, 4, row, false, SIMT_SITE); }
+SIMT_DEVICE void stmatrix_x4(void* row, const uint32_t (&r)[4], SIMT_AT) {
+  rt::stmatrix(r, 4, row, false, SIMT_SITE);
+}
 SIMT_DEVICE void stmatrix_x4_trans(void* row, const uint32_t (&r)[4], SIMT_AT) {
   rt::stmatrix(r, 4, row, true, SIMT_SITE);
 }

@@ -4,18 +4,40 @@
 
 namespace simt {
 
-SIMT_DEVICE int thread_id() { return rt::current->tid; }
-SIMT_DEVICE int lane_id() { return rt::current->lane; }
-SIMT_DEVICE int warp_id() { return rt::current->warp; }
-SIMT_DEVICE dim3 block_idx() { return rt::current->block; }
-SIMT_DEVICE dim3 block_dim() { return rt::current->block_dim; }
-SIMT_DEVICE dim3 grid_dim() { return rt::current->grid; }
+SIMT_DEVICE int thread_id() {
+  return rt::current->tid;
+}
+SIMT_DEVICE int lane_id() {
+  return rt::current->lane;
+}
+SIMT_DEVICE int warp_id() {
+  return rt::current->warp;
+}
+SIMT_DEVICE dim3 block_idx() {
+  return rt::current->block;
+}
+SIMT_DEVICE dim3 block_dim() {
+  return rt::current->block_dim;
+}
+SIMT_DEVICE dim3 grid_dim() {
+  return rt::current->grid;
+}
 
-SIMT_DEVICE void sync_block(SIMT_AT) { rt::barrier(0, -1, true, SIMT_SITE); }
-SIMT_DEVICE void sync_warp(uint32_t mask = kFullMask, SIMT_AT) { rt::warp_sync(mask, SIMT_SITE); }
-SIMT_DEVICE void bar_sync(int id, int threads, SIMT_AT) { rt::barrier(id, threads, true, SIMT_SITE); }
-SIMT_DEVICE void bar_arrive(int id, int threads, SIMT_AT) { rt::barrier(id, threads, false, SIMT_SITE); }
-SIMT_DEVICE void fence_device() { rt::fence_device(); }
+SIMT_DEVICE void sync_block(SIMT_AT) {
+  rt::barrier(0, -1, true, SIMT_SITE);
+}
+SIMT_DEVICE void sync_warp(uint32_t mask = kFullMask, SIMT_AT) {
+  rt::warp_sync(mask, SIMT_SITE);
+}
+SIMT_DEVICE void bar_sync(int id, int threads, SIMT_AT) {
+  rt::barrier(id, threads, true, SIMT_SITE);
+}
+SIMT_DEVICE void bar_arrive(int id, int threads, SIMT_AT) {
+  rt::barrier(id, threads, false, SIMT_SITE);
+}
+SIMT_DEVICE void fence_device() {
+  rt::fence_device();
+}
 
 namespace rt {
 
