@@ -275,7 +275,8 @@ std::string run_checked(const Launch& launch, const Config& config, Progress& pr
   race::begin_launch(launch.threads, launch.smem_bytes);
   run_blocks(launch, config, progress);
   const std::string races = race::end_launch();
-  return progress.error.empty() ? races : progress.error;
+  if (progress.error.empty() || races.empty()) return progress.error + races;
+  return progress.error + "\n" + races;
 }
 
 }  // namespace
