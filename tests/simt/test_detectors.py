@@ -57,7 +57,7 @@ MATRIX = [
     ("operands", "ldmatrix_misaligned", dict(plain="ldmatrix: shared address not 16-byte aligned")),
     ("operands", "ldmatrix_past_end", dict(plain="ldmatrix: shared address out of bounds")),
     # ---- mbarriers and TMA ----
-    ("gemm", "no_barrier_after_init", dict(random="never initialised", race="not synchronised")),
+    ("gemm", "no_barrier_after_init", dict(race="not synchronised", random="never initialised")),
     ("gemm", "mbarrier_uninitialised", dict(plain="never initialised")),
     ("gemm", "too_many_arrivals", dict(random="more arrivals than the mbarrier expects")),
     ("gemm", "tx_too_large", dict(plain="tx-count 16", random="deadlock", race="deadlock")),
