@@ -73,17 +73,19 @@ def random_table(vocab, candidates):
     return table
 
 
-@pytest.mark.parametrize("template", [spec.SMALL, spec.TOKEN_RECYCLING, spec.TreeTemplate.from_levels((1,) * 5)])
+@pytest.mark.parametrize(
+    "template", [spec.DEFAULT_TEMPLATE, spec.TOKEN_RECYCLING, spec.TreeTemplate.from_levels((1,) * 5)]
+)
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.modes
 def test_tree_from_template(device, template, batch):
     table, roots = random_table(50, 8), torch.randint(0, 50, (batch,), dtype=i32)
-    got = spec.DraftTree.from_template(template, table.to(device.torch), roots.to(device.torch))
+    got = spec.tree_from_template(template, table.to(device.torch), roots.to(device.torch))
     assert_same(got, reference.tree_from_template(*template, table, roots))
 
 
 def test_templates():
-    for template, levels in ((spec.TOKEN_RECYCLING, (8, 21, 25, 15, 8, 3)), (spec.SMALL, (4, 5, 3, 2, 1))):
+    for template, levels in ((spec.TOKEN_RECYCLING, (8, 21, 25, 15, 8, 3)), (spec.DEFAULT_TEMPLATE, (4, 5, 3, 2, 1))):
         nodes = len(template.parent)
         links = spec.tree_finalize(template.parent[None], ints([nodes]), ints([0]))
         assert torch.bincount(links.positions[0].long()).tolist() == [1, *levels]
@@ -131,7 +133,7 @@ def test_known_verification(device):
     got = spec.verify_greedy(parent, tokens, target, n_nodes=ints([6, 6], device), max_depth=3)
     assert got.accept_len.tolist() == [3, 2]
     assert got.path.tolist() == [[0, 3, 4, 5], [0, 4, 5, -1]]
-    assert got.out_tokens.tolist() == [[10, 13, 14, 15, 99], [20, 24, 25, 98, -1]]
+    assert got.out_tokens.tolist() == [[13, 14, 15, 99], [24, 25, 98, -1]]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -167,7 +169,7 @@ def test_greedy_choice_is_torch_argmax(device, dtype, vocab):
     wide[:, :1, :vocab] = rows.to(device.torch)
     for logits in (rows.to(device.torch), wide[:, :1, :vocab]):
         got = spec.verify_greedy(-one[:, None], one[:, None], logits, n_nodes=one)
-        assert torch.equal(got.out_tokens[:, 1].cpu(), rows.argmax(-1)[:, 0].to(i32))
+        assert torch.equal(got.out_tokens[:, 0].cpu(), rows.argmax(-1)[:, 0].to(i32))
 
 
 # ---- paged caches ----
@@ -241,7 +243,7 @@ def test_schedules(device):
 
     assert_schedules_agree(lambda: tuple(spec.tree_finalize(*tree)))
     assert_schedules_agree(lambda: tuple(spec.verify_greedy(tree[0], tokens, logits, n_nodes=tree[1])))
-    assert_schedules_agree(lambda: tuple(spec.DraftTree.from_template(spec.SMALL, table, roots)))
+    assert_schedules_agree(lambda: tuple(spec.tree_from_template(spec.DEFAULT_TEMPLATE, table, roots)))
     assert_schedules_agree(lambda: tuple(spec.tree_from_sequences(sequences, roots)))
     assert_schedules_agree(updated)
 
@@ -258,8 +260,7 @@ def arguments():
     return {
         "tree_finalize": {"parent": parent, "n_nodes": n_nodes, "seq_lens": lens},
         "tree_from_template": {
-            "parent": ints([-1, 0, 1]),
-            "rank": ints([0, 1, 0]),
+            "template": spec.TreeTemplate(ints([-1, 0, 1]), ints([0, 1, 0])),
             "table": random_table(5, 2),
             "root_tokens": ints([0, 4]),
         },
@@ -298,8 +299,8 @@ BAD = [  # operator, argument, value, error, message
     ("tree_finalize", "parent", torch.full((2, 257), -1, dtype=i32), ValueError, "257"),
     ("tree_finalize", "n_nodes", ints([0, 1]), ValueError, "n_nodes"),
     ("tree_finalize", "n_nodes", [3, 2], TypeError, "expected a torch.Tensor"),
-    ("tree_from_template", "parent", ints([-1, 0, 2]), ValueError, "parent of node 2"),
-    ("tree_from_template", "rank", ints([0, 2, 0]), ValueError, "rank of node 1"),
+    ("tree_from_template", "template", (ints([-1, 0, 2]), ints([0, 1, 0])), ValueError, "parent of node 2"),
+    ("tree_from_template", "template", (ints([-1, 0, 1]), ints([0, 2, 0])), ValueError, "rank of node 1"),
     ("tree_from_template", "root_tokens", ints([5]), ValueError, "root_tokens"),
     ("tree_from_template", "table", torch.zeros(5, 2), TypeError, "table"),
     ("tree_from_sequences", "max_nodes", 257, ValueError, "max_nodes"),
@@ -355,6 +356,9 @@ def test_opcheck():
         if name == "compact_kv":
             call = dict(k_pages=[call["caches"][0][0]], v_pages=[call["caches"][0][1]], **call)
             del call["caches"]
+        if name == "tree_from_template":
+            template = call.pop("template")
+            call = {"parent": template.parent, "rank": template.rank, **call}
         extra = {
             "tree_from_sequences": {"max_nodes": 3},
             "table_update": {"n_nodes": None},
@@ -391,7 +395,7 @@ def test_odd_integers(data):
     if name == "tree_finalize":
         assert_same(got, reference.tree_finalize(**call))
     if name == "tree_from_template":
-        assert_same(got, reference.tree_from_template(**call))
+        assert_same(got, reference.tree_from_template(*call["template"], call["table"], call["root_tokens"]))
     if name == "tree_from_sequences":
         assert_same(got, reference.tree_from_sequences(*call.values(), got.parent.shape[1]))
     if name == "verify_greedy":

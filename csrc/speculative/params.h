@@ -113,7 +113,7 @@ struct VerifyGreedyParams {
   int64_t logits_batch, logits_node;
   int32_t* accept_len;  // [b]
   int32_t* path;        // [b, max_depth + 1]
-  int32_t* out_tokens;  // [b, max_depth + 2]
+  int32_t* out_tokens;  // [b, max_depth + 1]
   int batch, nodes, vocab, max_depth;
   Type type;
 };

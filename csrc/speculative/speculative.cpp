@@ -530,7 +530,7 @@ void verify_greedy(const Tensor& parent, const Tensor& tokens, const Tensor& log
   const int64_t max_depth = path.shape[1] - 1;
   check.that(max_depth >= 0 && max_depth < kMaxTreeNodes, "max_depth", "is %ld, expected 0 to %d", max_depth,
              kMaxTreeNodes - 1);
-  check_indices(check, out_tokens, "out_tokens", {batch, max_depth + 2}, parent, "parent");
+  check_indices(check, out_tokens, "out_tokens", {batch, max_depth + 1}, parent, "parent");
   if (batch == 0) return;
   check.that(nodes >= 1, "parent", "has no nodes, expected at least the root");
   if (host_checks_indices(parent.device)) check_tree(check, parent, n_nodes);

@@ -70,7 +70,7 @@ void compact_kv(const Tensor* const* k_pages, const Tensor* const* v_pages, int 
 
 // Follows the target's greedy choices down the tree. `logits` [B, N, V] (f32, f16, bf16), or their argmax i32[B, N].
 // With L = max_depth: accept_len i32[B] accepted drafts; path i32[B, L + 1] node indices from the root, -1 pads;
-// out_tokens i32[B, L + 2] the tokens of the path and the target's next token, -1 pads.
+// out_tokens i32[B, L + 1] the accepted tokens and then the target's own next token, -1 pads.
 void verify_greedy(const Tensor& parent, const Tensor& tokens, const Tensor& logits, const Tensor& n_nodes,
                    const Tensor& accept_len, const Tensor& path, const Tensor& out_tokens, void* stream = nullptr);
 

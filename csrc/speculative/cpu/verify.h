@@ -63,11 +63,9 @@ struct Walk {
 inline void start_walk(const VerifyGreedyParams& p, int64_t b, Walk& walk) {
   walk = {0, 0, false};
   int32_t* path = p.path + b * (p.max_depth + 1);
-  int32_t* out = p.out_tokens + b * (p.max_depth + 2);
-  for (int i = 0; i <= p.max_depth; i++) path[i] = -1;
-  for (int i = 0; i <= p.max_depth + 1; i++) out[i] = -1;
+  int32_t* out = p.out_tokens + b * (p.max_depth + 1);
+  for (int i = 0; i <= p.max_depth; i++) path[i] = out[i] = -1;
   path[0] = 0;
-  out[0] = p.tokens[b * p.nodes];
 }
 
 inline int child_with_token(const VerifyGreedyParams& p, int64_t b, int node, int32_t token) {
@@ -78,8 +76,7 @@ inline int child_with_token(const VerifyGreedyParams& p, int64_t b, int node, in
 }
 
 inline void step_walk(const VerifyGreedyParams& p, int64_t b, Walk& walk, int32_t choice) {
-  int32_t* out = p.out_tokens + b * (p.max_depth + 2);
-  out[walk.depth + 1] = choice;
+  p.out_tokens[b * (p.max_depth + 1) + walk.depth] = choice;
   const int child = walk.depth < p.max_depth ? child_with_token(p, b, walk.node, choice) : -1;
   p.accept_len[b] = walk.depth;
   walk.done = child < 0;

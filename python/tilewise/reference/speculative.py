@@ -89,13 +89,13 @@ def tree_attention(q, k_pages, v_pages, block_table, prefix_len, parent, n_nodes
 def verify_greedy(parent, tokens, logits, n_nodes, max_depth):
     batch = len(parent)
     accept_len = torch.zeros(batch, dtype=torch.int32)
-    path, out = (torch.full((batch, max_depth + i), -1, dtype=torch.int32) for i in (1, 2))
+    path, out = (torch.full((batch, max_depth + 1), -1, dtype=torch.int32) for _ in range(2))
     for b in range(batch):
         at, depth = 0, 0
-        path[b, 0], out[b, 0] = 0, tokens[b, 0]
+        path[b, 0] = 0
         while True:
             choice = int(logits[b, at].argmax()) if logits.ndim == 3 else int(logits[b, at])
-            out[b, depth + 1] = choice
+            out[b, depth] = choice
             children = [i for i in range(1, int(n_nodes[b])) if parent[b, i] == at and tokens[b, i] == choice]
             if not children or depth == max_depth:
                 break

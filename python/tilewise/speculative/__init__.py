@@ -7,15 +7,15 @@ positions ``[0, prefix_len)`` of a sequence, node i stands at position ``prefix_
 
 A step of greedy decoding, with no host synchronisation anywhere::
 
-    tree = DraftTree.from_template(TOKEN_RECYCLING, table, root_tokens)
+    tree = tree_from_template(TOKEN_RECYCLING, table, root_tokens)
     links = tree.finalize(prefix_len)
     for each layer:
         append_kv(k_pages, v_pages, block_table, prefix_len, k, v, n_nodes=tree.n_nodes)
         x = tree_attention(q, k_pages, v_pages, block_table, prefix_len, links.ancestor_bits)
     accept_len, path, out_tokens = verify_greedy(*tree[:2], logits, n_nodes=tree.n_nodes)
     compact_kv(caches, block_table, prefix_len, path, accept_len)
-    prefix_len = prefix_len + accept_len + 1          # out_tokens[:, 1 : accept_len + 2] are the new tokens
-    root_tokens = out_tokens.gather(1, (accept_len + 1).long()[:, None])[:, 0]
+    prefix_len = prefix_len + accept_len + 1          # out_tokens[:, : accept_len + 1] are the new tokens
+    root_tokens = out_tokens.gather(1, accept_len.long()[:, None])[:, 0]
 
 Plain decoding is the tree of one node, and a prompt's prefill is a row of chains of up to 256 nodes
 (:meth:`DraftTree.chain`).
@@ -23,8 +23,9 @@ Plain decoding is the tree of one node, and a prompt's prefill is a row of chain
 
 from tilewise.speculative.attention import tree_attention
 from tilewise.speculative.cache import append_kv, compact_kv
-from tilewise.speculative.template import SMALL, TOKEN_RECYCLING, TreeTemplate
+from tilewise.speculative.template import DEFAULT_TEMPLATE, TOKEN_RECYCLING, TreeTemplate
 from tilewise.speculative.tree import (
+    MAX_NODES,
     DraftTree,
     TreeLinks,
     table_update,
@@ -35,7 +36,8 @@ from tilewise.speculative.tree import (
 from tilewise.speculative.verify import Verified, verify_greedy
 
 __all__ = [
-    "SMALL",
+    "DEFAULT_TEMPLATE",
+    "MAX_NODES",
     "TOKEN_RECYCLING",
     "DraftTree",
     "TreeLinks",

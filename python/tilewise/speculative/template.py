@@ -47,4 +47,4 @@ class TreeTemplate(NamedTuple):
 TOKEN_RECYCLING = TreeTemplate.from_levels((8, 21, 25, 15, 8, 3))
 
 #: A tree of 15 nodes below the root, for machines where a wider step costs time (CPUs).
-SMALL = TreeTemplate.from_levels((4, 5, 3, 2, 1))
+DEFAULT_TEMPLATE = TreeTemplate.from_levels((4, 5, 3, 2, 1))

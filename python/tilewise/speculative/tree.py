@@ -6,6 +6,10 @@ import torch
 
 from tilewise import _C
 from tilewise._library import check_tensors, register
+from tilewise.speculative.template import TreeTemplate
+
+#: The largest N of any tree.
+MAX_NODES = 256
 
 
 class TreeLinks(NamedTuple):
@@ -71,19 +75,6 @@ class DraftTree(NamedTuple):
     n_nodes: torch.Tensor
 
     @classmethod
-    def from_template(cls, template, table: torch.Tensor, root_tokens: torch.Tensor) -> "DraftTree":
-        """See :func:`tree_from_template`; ``template`` is a :class:`~tilewise.speculative.TreeTemplate`."""
-        template = template.to(table.device)
-        return tree_from_template(template.parent, template.rank, table, root_tokens)
-
-    @classmethod
-    def from_sequences(
-        cls, sequences: torch.Tensor, root_tokens: torch.Tensor, *, max_nodes: int | None = None
-    ) -> "DraftTree":
-        """See :func:`tree_from_sequences`."""
-        return tree_from_sequences(sequences, root_tokens, max_nodes=max_nodes)
-
-    @classmethod
     def chain(cls, tokens: torch.Tensor, n_nodes: torch.Tensor | None = None) -> "DraftTree":
         """Trees without branches: each token of ``tokens`` int32 (B, N) follows the one before it."""
         batch, nodes = tokens.shape
@@ -124,15 +115,13 @@ _tree_from_template_op = register(
 )
 
 
-def tree_from_template(
-    parent: torch.Tensor, rank: torch.Tensor, table: torch.Tensor, root_tokens: torch.Tensor
-) -> DraftTree:
+def tree_from_template(template: TreeTemplate, table: torch.Tensor, root_tokens: torch.Tensor) -> DraftTree:
     """Fills a static tree shape with the candidates of a table: ``tokens[i] = table[tokens[parent[i]], rank[i]]``.
 
     The draft of Token Recycling (Luo et al., 2024, arXiv:2408.08696).
 
     Args:
-        parent, rank: int32 (N,), the template.
+        template: ``parent`` and ``rank``, int32 (N,).
         table: int32 (V, C), the candidates that may follow each token; a value outside [0, V) stands for none: that
             node and its subtree are left out, and the nodes that remain move up in order.
         root_tokens: int32 (B,), the last committed token of each sequence.
@@ -142,7 +131,8 @@ def tree_from_template(
             tilewise call on the device raises.
         TypeError: wrong dtype.
     """
-    check_tensors("tree_from_template", parent=parent, rank=rank, table=table, root_tokens=root_tokens)
+    check_tensors("tree_from_template", table=table, root_tokens=root_tokens)
+    parent, rank = (t.to(table.device) for t in template)
     return DraftTree(*_tree_from_template_op(parent, rank, table, root_tokens))
 
 
@@ -151,8 +141,8 @@ def _new_sequence_tree(sequences, root_tokens, max_nodes):
 
 
 def _tree_from_sequences(sequences, root_tokens, max_nodes):
-    if not 1 <= max_nodes <= 256:
-        raise ValueError(f"tree_from_sequences: max_nodes is {max_nodes}, expected 1 to 256")
+    if not 1 <= max_nodes <= MAX_NODES:
+        raise ValueError(f"tree_from_sequences: max_nodes is {max_nodes}, expected 1 to {MAX_NODES}")
     tree = _new_sequence_tree(sequences, root_tokens, max_nodes)
     _C.tree_from_sequences(sequences, root_tokens, *tree)
     return tree
@@ -181,7 +171,7 @@ def tree_from_sequences(
     """
     check_tensors("tree_from_sequences", sequences=sequences, root_tokens=root_tokens)
     if max_nodes is None:
-        max_nodes = min(256, 1 + sequences[0].numel()) if sequences.ndim == 3 and len(sequences) else 1
+        max_nodes = min(MAX_NODES, 1 + sequences[0].numel()) if sequences.ndim == 3 and len(sequences) else 1
     return DraftTree(*_tree_from_sequences_op(sequences, root_tokens, max_nodes))
 
 

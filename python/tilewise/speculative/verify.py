@@ -14,9 +14,8 @@ class Verified(NamedTuple):
     Attributes:
         accept_len: int32 (B,), accepted drafts (the root does not count).
         path: int32 (B, L + 1), node indices from the root on; -1 beyond ``accept_len``.
-        out_tokens: int32 (B, L + 2), the tokens along the path, then the target's own next token; -1 beyond. The
-            tokens this step adds to the text are ``out_tokens[b, 1 : accept_len[b] + 2]``, the last of which is the
-            next tree's root.
+        out_tokens: int32 (B, L + 1), the accepted tokens, then the target's own next token; -1 beyond. This step adds
+            ``out_tokens[b, : accept_len[b] + 1]`` to the text; the last of them is the next tree's root.
     """
 
     accept_len: torch.Tensor
@@ -26,7 +25,7 @@ class Verified(NamedTuple):
 
 def _new_verified(parent, tokens, logits, n_nodes, max_depth):
     batch = parent.shape[0]
-    shapes = ((batch,), (batch, max_depth + 1), (batch, max_depth + 2))
+    shapes = ((batch,), (batch, max_depth + 1), (batch, max_depth + 1))
     return tuple(parent.new_empty(shape, dtype=torch.int32) for shape in shapes)
 
 
