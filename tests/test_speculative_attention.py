@@ -31,13 +31,23 @@ def attend(device, q, pages, table, prefix, parent, n_nodes, **options):
     return spec.tree_attention(q, pages[0], pages[1], table, prefix, bits, **options)
 
 
+def ancestors_of(parent, n_nodes):
+    """bool (B, N, N): j is i or an ancestor of i."""
+    batch, nodes = parent.shape
+    seen = torch.zeros(batch, nodes, nodes, dtype=torch.bool)
+    for b in range(batch):
+        for i in range(int(n_nodes[b])):
+            seen[b, i] = seen[b, parent[b, i].long()] if i else False
+            seen[b, i, i] = True
+    return seen
+
+
 def check(device, q, pages, table, prefix, parent, n_nodes, **options):
     """Twice torch's own error in the same dtype, plus a relative bound that zeros fail."""
     out, lse = attend(device, q, pages, table, prefix, parent, n_nodes, return_lse=True, **options)
-    scale = options.get("scale")
-    wide = [t.double() for t in (q, *pages)]
-    exact, exact_lse = reference.tree_attention(*wide, table, prefix, parent, n_nodes, scale)
-    plain, _ = reference.tree_attention(q, *pages, table, prefix, parent, n_nodes, scale)
+    where = (table, prefix, ancestors_of(parent, n_nodes), options.get("scale"))
+    exact, exact_lse = reference.tree_attention(q.double(), *pages.double(), *where)
+    plain, _ = reference.tree_attention(q, *pages, *where)
     out, lse = out.cpu(), lse.cpu()
     floor = 4 * torch.finfo(q.dtype).eps * exact.abs().max()  # where torch happens to be exact
     error, allowed = (out - exact).abs().max(), 2 * (plain - exact).abs().max()
@@ -46,6 +56,22 @@ def check(device, q, pages, table, prefix, parent, n_nodes, **options):
     seen = exact_lse > -math.inf
     assert torch.equal(lse > -math.inf, seen) and (lse - exact_lse)[seen].abs().max() <= 1e-4
     assert not out[~seen].any()
+
+
+def test_each_row_is_causal_attention_over_its_root_path(device):
+    q, pages, table, prefix, parent, n_nodes = case(2, 7, 4, 2, 64, 7, torch.float32, 30)
+    out = attend(device, q, pages, table, prefix, parent, n_nodes).cpu()
+    for b in range(2):
+        rows = pages[:, table[b].long()].flatten(1, 2).double().repeat_interleave(2, 2).transpose(1, 2)
+        for i in range(int(n_nodes[b])):
+            path = [i]
+            while path[0]:
+                path.insert(0, int(parent[b, path[0]]))
+            keys, values = rows[:, :, [*range(prefix[b]), *(int(prefix[b]) + a for a in path)]]
+            text = torch.zeros_like(keys)  # queries of the whole text: only the last one is this node's
+            text[:, -1] = q[b, i].double()
+            exact = torch.nn.functional.scaled_dot_product_attention(text, keys, values, is_causal=True)[:, -1]
+            assert (out[b, i] - exact).abs().max() < 2e-6
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -102,7 +128,11 @@ def test_large_scores_and_rising_maximum(device):
     keys = pages[0][table[0].long()].flatten(0, 1)
     keys *= torch.linspace(0.1, 40, len(keys))[:, None, None]
     pages[0][table[0].long()] = keys.view(-1, 16, 1, 64)
-    check(device, q, pages, table, prefix, parent, n_nodes)
+    out = attend(device, q, pages, table, prefix, parent, n_nodes).cpu()
+    where = (table, prefix, ancestors_of(parent, n_nodes))
+    exact, _ = reference.tree_attention(q.double(), *pages.double(), *where)
+    largest = (q.double().norm(dim=-1).max() * pages[0].double().norm(dim=-1).max()) / 8
+    assert (out - exact).abs().max() <= 2**-23 * largest  # what rounding a score of that size costs
 
 
 def test_nan_stays_on_its_path(device):

@@ -1,5 +1,5 @@
-// Tree attention on the tensor cores (sm_80 mma.sync), in the manner of flash decoding: the nodes and heads that share a
-// key head are the rows of one tile, so K and V are read once for all of them; blocks share out the keys, and merge.h
+// Tree attention on the tensor cores (sm_80 mma.sync), in the manner of flash decoding: the nodes and heads that share
+// a key head are the rows of one tile, so K and V are read once for all of them; blocks share out the keys, and merge.h
 // joins their results. Key tiles are gathered through the block table with cp.async, double-buffered.
 #pragma once
 #include "speculative/cuda/faults.h"
@@ -148,8 +148,8 @@ struct TreeAttention {
   struct Running {
     float top[2], sum[2];  // per row: largest score (base 2), this thread's share of the sum of weights
   };
-  SIMT_DEVICE static void weights(float (&x)[kKeys / 8][4], float (&out)[D / 8][4], Running& run, const Tile& t, int tile,
-                                  float scale, const Smem& s) {
+  SIMT_DEVICE static void weights(float (&x)[kKeys / 8][4], float (&out)[D / 8][4], Running& run, const Tile& t,
+                                  int tile, float scale, const Smem& s) {
     const int lane = lane_id(), first_node = tile * kKeys - t.prefix;
     const bool masked = first_node + kKeys > 0;
 #pragma unroll
@@ -194,7 +194,8 @@ struct TreeAttention {
 #pragma unroll
     for (int kk = 0; kk < kKeys / 16; kk++) {
       const uint32_t a[4] = {pack2<T>(x[2 * kk][0], x[2 * kk][1]), pack2<T>(x[2 * kk][2], x[2 * kk][3]),
-                             pack2<T>(x[2 * kk + 1][0], x[2 * kk + 1][1]), pack2<T>(x[2 * kk + 1][2], x[2 * kk + 1][3])};
+                             pack2<T>(x[2 * kk + 1][0], x[2 * kk + 1][1]),
+                             pack2<T>(x[2 * kk + 1][2], x[2 * kk + 1][3])};
 #pragma unroll
       for (int d = 0; d < D / 16; d++) {
         uint32_t b[4];

@@ -5,12 +5,24 @@
 
 namespace tilewise::speculative {
 
-SIMT_DEVICE float load_float(const float* p) { return *p; }
-SIMT_DEVICE float load_float(const bf16* p) { return to_f32(*p); }
-SIMT_DEVICE float load_float(const fp16* p) { return to_f32(*p); }
-SIMT_DEVICE void store_float(float* p, float v) { *p = v; }
-SIMT_DEVICE void store_float(bf16* p, float v) { *p = bf16{(uint16_t)pack2<bf16>(v, 0.f)}; }
-SIMT_DEVICE void store_float(fp16* p, float v) { *p = fp16{(uint16_t)pack2<fp16>(v, 0.f)}; }
+SIMT_DEVICE float load_float(const float* p) {
+  return *p;
+}
+SIMT_DEVICE float load_float(const bf16* p) {
+  return to_f32(*p);
+}
+SIMT_DEVICE float load_float(const fp16* p) {
+  return to_f32(*p);
+}
+SIMT_DEVICE void store_float(float* p, float v) {
+  *p = v;
+}
+SIMT_DEVICE void store_float(bf16* p, float v) {
+  *p = bf16{(uint16_t)pack2<bf16>(v, 0.f)};
+}
+SIMT_DEVICE void store_float(fp16* p, float v) {
+  *p = fp16{(uint16_t)pack2<fp16>(v, 0.f)};
+}
 
 // Joins the key ranges: one warp per output row.
 template <class T>
@@ -48,8 +60,9 @@ struct TreeAttentionRows {
   struct Smem {};
 
   // The dot products of the row with keys [key, key + kKeys), hidden keys at -inf, and the rows of their values.
-  SIMT_DEVICE static void scores(const Params& a, int b, int kv_head, int key, int prefix, int end, const uint32_t* mask,
-                                 const float (&q)[kPerLane], float (&score)[kKeys], int64_t (&v_row)[kKeys]) {
+  SIMT_DEVICE static void scores(const Params& a, int b, int kv_head, int key, int prefix, int end,
+                                 const uint32_t* mask, const float (&q)[kPerLane], float (&score)[kKeys],
+                                 int64_t (&v_row)[kKeys]) {
     const TreeAttentionParams& p = a.p;
 #pragma unroll
     for (int j = 0; j < kKeys; j++) {

@@ -30,7 +30,9 @@ struct TreeFromTemplate {
     *q.fault = kBadTreeParent;
     return -1;
   }
-  SIMT_DEVICE static int valid_token(const Params& q, int token) { return token >= 0 && token < q.p.vocab ? token : -1; }
+  SIMT_DEVICE static int valid_token(const Params& q, int token) {
+    return token >= 0 && token < q.p.vocab ? token : -1;
+  }
   SIMT_DEVICE static int candidate(const Params& q, int i, int after) {
     const int rank = q.p.rank[i];
     if (rank < 0 || rank >= q.p.candidates) *q.fault = kBadTreeParent;

@@ -1,4 +1,5 @@
-// Writing and moving rows of paged caches. Rows move in chunks: 16 bytes where all addresses allow it, else one element.
+// Writing and moving rows of paged caches. Rows move in chunks: 16 bytes where all addresses allow it, else one
+// element.
 #pragma once
 #include "speculative/cuda/faults.h"
 

@@ -101,8 +101,8 @@ struct VerifyGreedy {
     int node = 0, depth = 0;
     for (;; depth++) {  // ends: a child's index is above its parent's
       const int64_t row = (int64_t)b * p.logits_batch + node * p.logits_node;
-      const int choice = p.argmax ? p.argmax[(int64_t)b * p.nodes + node]
-                                  : argmax(static_cast<const T*>(p.logits) + row, p.vocab, s);
+      const int choice =
+          p.argmax ? p.argmax[(int64_t)b * p.nodes + node] : argmax(static_cast<const T*>(p.logits) + row, p.vocab, s);
       const int child = find_child(s, count, node, choice);
       if (thread_id() == 0) {
         path[depth] = node;
