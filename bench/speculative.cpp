@@ -50,11 +50,11 @@ void verify_greedy(benchmark::State& state) {
   for (int i = 0; i < kNodes; i++) parent[i] = i - 1;
   int32_t count = kNodes, accepted;
   for (auto _ : state)
-    tilewise::verify_greedy(
-        Tensor(parent.data(), DType::i32, {1, kNodes}), Tensor(tokens.data(), DType::i32, {1, kNodes}),
-        Tensor(logits.data(), DType::f32, {1, kNodes, kVocab}), Tensor(&count, DType::i32, {1}),
-        Tensor(&accepted, DType::i32, {1}), Tensor(path.data(), DType::i32, {1, kNodes}),
-        Tensor(out.data(), DType::i32, {1, kNodes}));
+    tilewise::verify_greedy(Tensor(parent.data(), DType::i32, {1, kNodes}),
+                            Tensor(tokens.data(), DType::i32, {1, kNodes}),
+                            Tensor(logits.data(), DType::f32, {1, kNodes, kVocab}), Tensor(&count, DType::i32, {1}),
+                            Tensor(&accepted, DType::i32, {1}), Tensor(path.data(), DType::i32, {1, kNodes}),
+                            Tensor(out.data(), DType::i32, {1, kNodes}));
 }
 BENCHMARK(verify_greedy)->Unit(benchmark::kMicrosecond);
 

@@ -221,9 +221,10 @@ struct TreeAttention {
     cp_async_commit();
     cp_async_wait<0>();
     sync_block();
+    if (t.tiles > 0)
 #pragma unroll
-    for (int kk = 0; kk < D / 16; kk++)
-      ldmatrix_x4(q[kk], s.v[1] + at(warp_id() * 16 + (lane_id() & 15), kk * 2 + (lane_id() >> 4)));
+      for (int kk = 0; kk < D / 16; kk++)
+        ldmatrix_x4(q[kk], s.v[1] + at(warp_id() * 16 + (lane_id() & 15), kk * 2 + (lane_id() >> 4)));
     for (int j = 0; j < t.tiles; j++) {
       sync_block();  // everyone has read the stage that is filled next
       if (j + 1 < t.tiles) load_keys(a, t, t.first_tile + j + 1, s.k[(j + 1) & 1], s.v[(j + 1) & 1]);
