@@ -19,42 +19,37 @@ struct ForwardArgs {
 template <class T, int D, class Mask>
 struct Forward {
   static constexpr int kMinArch = 800, kThreads = 128, kWarpRows = 32, kFragments = kWarpRows / 16;
-  static constexpr int kQueries = kThreads / kWarp * kWarpRows, kKeys = D == 64 ? 128 : 64;
+  static constexpr int kQueries = kThreads / kWarp * kWarpRows, kKeys = 64, kMinBlocks = 2;
   using Params = ForwardArgs;
   struct Smem {
     alignas(128) T q[kQueries * D];
     alignas(128) T k[kKeys * D];
     alignas(128) T v[kKeys * D];
   };
-  struct Stream {  // keys and values of the block's head
-    const T *k, *v;
-    int64_t k_stride, v_stride;
-    int length;
-  };
+  using Loader = TileLoader<D, kThreads, T>;
   struct State {
     float acc[kFragments][D / 8][4] = {};
     SoftmaxRows<kFragments> rows;
   };
 
-  SIMT_DEVICE static void load_keys(Smem& s, const Stream& in, int tile) {
-    load_tile<kKeys, D, kThreads>(s.k, in.k + tile * kKeys * in.k_stride, in.k_stride, in.length - tile * kKeys);
-  }
-  SIMT_DEVICE static void load_values(Smem& s, const Stream& in, int tile) {
-    load_tile<kKeys, D, kThreads>(s.v, in.v + tile * kKeys * in.v_stride, in.v_stride, in.length - tile * kKeys);
-  }
-
+  // `keys` stands on the tile above, `values` on this tile; only the very first tile may have missing rows.
   template <bool Masked>
-  SIMT_DEVICE static void step(Smem& s, const Stream& in, const Mask& mask, int query, int tile, float scale_log2,
-                               State& state) {
+  SIMT_DEVICE static void step(Smem& s, Loader& keys, Loader& values, const Mask& mask, int query, int tile,
+                               float scale_log2, State& state) {
     cp_async_wait<0>();
     sync_block();  // the keys have arrived, and every warp has done with the previous values
-    load_values(s, in, tile);
+    if (Masked)
+      values.template load<kKeys>(s.v, mask.k_len - tile * kKeys);
+    else
+      values.template load<kKeys>(s.v);
+    values.skip(-kKeys);
     cp_async_commit();
     float scores[kFragments][kKeys / 8][4] = {};
     multiply_transposed<D>(scores, s.q, warp_id() * kWarpRows, s.k, 0);
     cp_async_wait<0>();
     sync_block();  // the values have arrived, and every warp has done with the keys
-    if (tile > 0) load_keys(s, in, tile - 1);
+    if (tile > 0) keys.template load<kKeys>(s.k);
+    keys.skip(-kKeys);
     cp_async_commit();
     if (Masked) hide(scores, mask, query, tile * kKeys);
     state.rows.update(scores, state.acc, scale_log2);
@@ -81,24 +76,25 @@ struct Forward {
     if (first >= seq.q_len) return;
 
     const Mask mask{seq.q_len, seq.k_len};
-    const Stream in = {row_pointer<T>(p.k, p.k_strides, seq.batch, kv_head, seq.k_row),
-                       row_pointer<T>(p.v, p.v_strides, seq.batch, kv_head, seq.k_row), p.k_strides.row,
-                       p.v_strides.row, seq.k_len};
+    const int query = first + warp_id() * kWarpRows;
     const float scale_log2 = p.scale * kLog2e;
     State state;
     state.rows.clear();
-
     int tile = ceil_div(mask.key_end(first + kQueries), kKeys) - 1;
     if (tile >= 0) {
-      const T* q = row_pointer<T>(p.q, p.q_strides, seq.batch, head, seq.q_row + first);
-      load_tile<kQueries, D, kThreads>(s.q, q, p.q_strides.row, seq.q_len - first);
-      load_keys(s, in, tile);
+      const int64_t key = seq.k_row + tile * kKeys;
+      Loader keys(row_pointer<T>(p.k, p.k_strides, seq.batch, kv_head, key), p.k_strides.row);
+      Loader values(row_pointer<T>(p.v, p.v_strides, seq.batch, kv_head, key), p.v_strides.row);
+      const Loader queries(row_pointer<T>(p.q, p.q_strides, seq.batch, head, seq.q_row + first), p.q_strides.row);
+      queries.template load<kQueries>(s.q, seq.q_len - first);
+      keys.template load<kKeys>(s.k, seq.k_len - tile * kKeys);
+      keys.skip(-kKeys);
       cp_async_commit();
+      // Downwards, so that the tiles that need masking come first.
+      const int full = mask.full_key_end(first) / kKeys;
+      for (; tile >= full; tile--) step<true>(s, keys, values, mask, query, tile, scale_log2, state);
+      for (; tile >= 0; tile--) step<false>(s, keys, values, mask, query, tile, scale_log2, state);
     }
-    // Downwards, so that the tiles that need masking come first.
-    const int query = first + warp_id() * kWarpRows, full = mask.full_key_end(first) / kKeys;
-    for (; tile >= full; tile--) step<true>(s, in, mask, query, tile, scale_log2, state);
-    for (; tile >= 0; tile--) step<false>(s, in, mask, query, tile, scale_log2, state);
 
     state.rows.finish(state.acc, scale_log2);
     store_lse(p.lse + stats_index(p, seq, head), state.rows, query, seq.q_len);

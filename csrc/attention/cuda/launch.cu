@@ -1,27 +1,29 @@
 // The family's CUDA table: compiled by nvcc for GPUs and by g++ for the emulator.
-#include "attention/cuda/forward.h"
+#include "attention/cuda/launch.h"
 
 namespace tilewise::attention {
 namespace {
 
-// Blocks of a launch: -1 if there are more than a grid holds.
-int64_t grid_size(int64_t tiles, int64_t heads, int64_t batch) {
-  const int64_t blocks = tiles * heads * batch;
-  return blocks <= 0x7fffffff ? blocks : -1;
+// Whether every row of [batch, heads, rows, dim] 16-bit values starts on 16 bytes. Strides of single steps are unused.
+bool aligned16(const void* base, const Strides& s, int batch, int heads, int64_t rows) {
+  const auto multiple = [](int64_t stride, int64_t count) { return count <= 1 || stride % 8 == 0; };
+  return reinterpret_cast<uintptr_t>(base) % 16 == 0 && multiple(s.batch, batch) && multiple(s.head, heads) &&
+         multiple(s.row, rows);
 }
 
-template <class T, int D, class Mask>
-const char* launch_forward(const ForwardParams& p, const Runtime& rt) {
-  using K = Forward<T, D, Mask>;
-  const int tiles = ceil_div(p.seq_q, K::kQueries);
-  const int64_t blocks = grid_size(tiles, p.q_heads, p.batch);
-  if (blocks < 0) return "more than 2^31 - 1 tiles of queries";
-  return blocks ? launch<K>(dim3(static_cast<unsigned>(blocks)), {p, tiles, rt.fault}, rt.stream) : nullptr;
+bool fits_tensor_cores(const ForwardParams& p) {
+  const bool packed = p.cu_seqlens_q;
+  const int batch = packed ? 1 : p.batch;
+  const int64_t rows_q = packed ? p.total_q : p.seq_q, rows_k = packed ? p.total_k : p.seq_k;
+  return p.type != Type::f32 && p.scale > 0.f && aligned16(p.q, p.q_strides, batch, p.q_heads, rows_q) &&
+         aligned16(p.out, p.out_strides, batch, p.q_heads, rows_q) &&
+         aligned16(p.k, p.k_strides, batch, p.kv_heads, rows_k) &&
+         aligned16(p.v, p.v_strides, batch, p.kv_heads, rows_k);
 }
 
 const char* forward(const ForwardParams& p, const Runtime& rt) {
-  if (p.type == Type::bf16) return p.dim == 64 ? p.causal ? launch_forward<bf16, 64, Causal>(p, rt) : launch_forward<bf16, 64, Dense>(p, rt) : p.causal ? launch_forward<bf16, 128, Causal>(p, rt) : launch_forward<bf16, 128, Dense>(p, rt);
-  return "todo";
+  if (p.dim != p.v_dim) return no_such_instance();
+  return fits_tensor_cores(p) ? forward_tensor_cores(p, rt) : "todo";
 }
 
 }  // namespace

@@ -20,19 +20,38 @@ SIMT_DEVICE int tile_at(int row, int chunk) {
   return row * D + ((chunk ^ (row & 7)) * kChunk);
 }
 
-// Starts copying rows [0, valid) of `source` into a tile of Rows rows; the others become zero.
-template <int Rows, int D, int Threads, class T>
-SIMT_DEVICE void load_tile(T* tile, const T* source, int64_t row_stride, int valid) {
-  constexpr int kChunks = D / kChunk, kRowsPerPass = Threads / kChunks;
-  static_assert(Threads % kChunks == 0 && Rows % kRowsPerPass == 0, "whole passes");
-  const int chunk = thread_id() % kChunks, first = thread_id() / kChunks;
-  const T* from = source + first * row_stride + chunk * kChunk;
-#pragma unroll
-  for (int i = 0; i < Rows / kRowsPerPass; i++) {
-    const int row = first + i * kRowsPerPass;
-    cp_async16(tile + tile_at<D>(row, chunk), row < valid ? from + i * kRowsPerPass * row_stride : source, row < valid);
+// Copies rows of global memory into tiles. Every thread keeps one address: its chunk of the first row.
+template <int D, int Threads, class T>
+struct TileLoader {
+  static constexpr int kChunks = D / kChunk, kRowsPerPass = Threads / kChunks;
+  const T* from;
+  int64_t stride;
+
+  SIMT_DEVICE TileLoader(const T* rows, int64_t row_stride)
+      : from(rows + thread_id() / kChunks * row_stride + thread_id() % kChunks * kChunk), stride(row_stride) {}
+
+  SIMT_DEVICE void skip(int rows) { from += rows * stride; }
+
+  // Starts the copy of Rows rows, all of which exist.
+  template <int Rows>
+  SIMT_DEVICE void load(T* tile) const {
+    load<Rows>(tile, Rows);
   }
-}
+  // Starts the copy of rows [0, valid); the others become zero.
+  template <int Rows>
+  SIMT_DEVICE void load(T* tile, int valid) const {
+    static_assert(Threads % kChunks == 0 && Rows % kRowsPerPass == 0, "whole passes");
+    const int first = thread_id() / kChunks;
+    T* to = tile + tile_at<D>(first, thread_id() % kChunks);
+    const T* source = from;
+#pragma unroll
+    for (int row = 0; row < Rows; row += kRowsPerPass, source += kRowsPerPass * stride) {
+      static_assert(kRowsPerPass % 8 == 0, "the same swizzle in every pass");
+      const bool exists = first + row < valid;
+      cp_async16(to + row * D, exists ? source : from, exists);
+    }
+  }
+};
 
 // acc += A B^T: A is rows [a_row, a_row + 16 M) of tile a, B rows [b_row, b_row + 8 N) of tile b.
 //
@@ -47,11 +66,11 @@ SIMT_DEVICE void multiply_transposed(float (&acc)[M][N][4], const T* a, int a_ro
   for (int k = 0; k < D; k += 16) {
     uint32_t fa[M][4];
 #pragma unroll
-    for (int i = 0; i < M; i++) ldmatrix_x4(fa[i], a + (a_at ^ k) + 16 * i * D);
+    for (int i = 0; i < M; i++) ldmatrix_x4(fa[i], a + 16 * i * D + (a_at ^ k));
 #pragma unroll
     for (int j = 0; j < N; j += 2) {
       uint32_t fb[4];
-      ldmatrix_x4(fb, b + (b_at ^ k) + 8 * j * D);
+      ldmatrix_x4(fb, b + 8 * j * D + (b_at ^ k));
 #pragma unroll
       for (int i = 0; i < M; i++) {
         mma_m16n8k16<T>(acc[i][j], fa[i], fb[0], fb[1]);
@@ -79,7 +98,7 @@ SIMT_DEVICE void multiply_weights(float (&acc)[M][D / 8][4], const float (&weigh
 #pragma unroll
     for (int j = 0; j < D / 8; j += 2) {
       uint32_t fb[4];
-      ldmatrix_x4_trans(fb, b + (b_at ^ 8 * j) + 8 * k * D);
+      ldmatrix_x4_trans(fb, b + 8 * k * D + (b_at ^ 8 * j));
 #pragma unroll
       for (int i = 0; i < M; i++) {
         mma_m16n8k16<T>(acc[i][j], fa[i], fb[0], fb[1]);
@@ -102,8 +121,8 @@ SIMT_DEVICE void store_accumulators(T* target, int64_t row_stride, int valid, co
     for (int j = 0; j < D / 8; j++)
 #pragma unroll
       for (int h = 0; h < 2; h++)
-        *reinterpret_cast<uint32_t*>(tile + tile_at<D>(tile_row + 16 * i + g + 8 * h, j) + 2 * t) =
-            pack2<T>(acc[i][j][2 * h], acc[i][j][2 * h + 1]);
+        store4(tile + tile_at<D>(tile_row + 16 * i + g + 8 * h, j) + 2 * t,
+               pack2<T>(acc[i][j][2 * h], acc[i][j][2 * h + 1]));
   sync_warp();
   constexpr int kChunks = D / kChunk;
 #pragma unroll
