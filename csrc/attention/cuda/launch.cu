@@ -26,10 +26,16 @@ const char* forward(const ForwardParams& p, const Runtime& rt) {
   return fits_tensor_cores(p) ? forward_tensor_cores(p, rt) : "todo";
 }
 
+const char* backward(const BackwardParams& b, const Runtime& rt) {
+  const ForwardParams& p = b.forward;
+  if (p.dim != p.v_dim) return no_such_instance();
+  return backward_tensor_cores(b, rt);
+}
+
 }  // namespace
 }  // namespace tilewise::attention
 
 extern "C" __attribute__((visibility("default"))) const tilewise::attention::Kernels tilewise_attention_cuda = {
     &tilewise::attention::forward,
-    nullptr,
+    &tilewise::attention::backward,
 };
