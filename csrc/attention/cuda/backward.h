@@ -15,7 +15,9 @@
 namespace tilewise::attention {
 
 // The exponent that P subtracts. A row that saw nothing has lse -inf and no gradient: +inf makes its P zero.
-SIMT_DEVICE float exponent_base(float lse) { return lse == -INFINITY ? INFINITY : lse * kLog2e; }
+SIMT_DEVICE float exponent_base(float lse) {
+  return lse == -INFINITY ? INFINITY : lse * kLog2e;
+}
 
 template <int M>
 SIMT_DEVICE void scale_accumulators(float (&acc)[M][4], float scale) {

@@ -10,9 +10,6 @@ struct BackwardArgs {
   uint32_t* fault;
 };
 
-SIMT_DEVICE float to_f32(float v) { return v; }
-using simt::to_f32;
-
 template <class T, int D>
 struct Delta {
   static constexpr int kMinArch = 800, kThreads = 128, kRows = 64, kWarps = kThreads / kWarp;
@@ -30,8 +27,9 @@ struct Delta {
     for (int row = place.tile * kRows + warp_id(); row < end; row += kWarps) {
       float sum = 0.f;
 #pragma unroll
-      for (int d = lane_id(); d < D; d += kWarp)  // two bytes per lane serve any alignment, and a warp reads whole lines
-        sum += to_f32(out[row * p.out_strides.row + d]) * to_f32(dout[row * args.b.dout_strides.row + d]);
+      for (int d = lane_id(); d < D;
+           d += kWarp)  // two bytes per lane serve any alignment, and a warp reads whole lines
+        sum += to_float(out[row * p.out_strides.row + d]) * to_float(dout[row * args.b.dout_strides.row + d]);
       sum = warp_sum(sum);
       if (lane_id() == 0) delta[row] = sum;
     }

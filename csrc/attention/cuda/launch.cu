@@ -4,35 +4,57 @@
 namespace tilewise::attention {
 namespace {
 
-// Whether every row of [batch, heads, rows, dim] 16-bit values starts on 16 bytes. Strides of single steps are unused.
-bool aligned16(const void* base, const Strides& s, int batch, int heads, int64_t rows) {
-  const auto multiple = [](int64_t stride, int64_t count) { return count <= 1 || stride % 8 == 0; };
-  return reinterpret_cast<uintptr_t>(base) % 16 == 0 && multiple(s.batch, batch) && multiple(s.head, heads) &&
-         multiple(s.row, rows);
+struct Extent {
+  int batch, heads;
+  int64_t rows;
+};
+
+Extent queries(const ForwardParams& p) {
+  return p.cu_seqlens_q ? Extent{1, p.q_heads, p.total_q} : Extent{p.batch, p.q_heads, p.seq_q};
+}
+Extent keys(const ForwardParams& p) {
+  return p.cu_seqlens_q ? Extent{1, p.kv_heads, p.total_k} : Extent{p.batch, p.kv_heads, p.seq_k};
 }
 
-bool fits_tensor_cores(const ForwardParams& p) {
-  const bool packed = p.cu_seqlens_q;
-  const int batch = packed ? 1 : p.batch;
-  const int64_t rows_q = packed ? p.total_q : p.seq_q, rows_k = packed ? p.total_k : p.seq_k;
-  return p.type != Type::f32 && p.scale > 0.f && aligned16(p.q, p.q_strides, batch, p.q_heads, rows_q) &&
-         aligned16(p.out, p.out_strides, batch, p.q_heads, rows_q) &&
-         aligned16(p.k, p.k_strides, batch, p.kv_heads, rows_k) &&
-         aligned16(p.v, p.v_strides, batch, p.kv_heads, rows_k);
+// A dimension of extent one is never stepped along: its stride may be anything.
+bool aligned(const void* base, const Strides& s, const Extent& extent, Type type) {
+  const int64_t values = type == Type::f32 ? 4 : 8;
+  const auto multiple = [=](int64_t stride, int64_t count) { return count <= 1 || stride % values == 0; };
+  return reinterpret_cast<uintptr_t>(base) % 16 == 0 && multiple(s.batch, extent.batch) &&
+         multiple(s.head, extent.heads) && multiple(s.row, extent.rows);
+}
+
+bool scale_is_positive(const ForwardParams& p) {
+  return p.scale > 0.f && p.scale < INFINITY;
 }
 
 const char* forward(const ForwardParams& p, const Runtime& rt) {
   if (p.dim != p.v_dim) return no_such_instance();
-  return fits_tensor_cores(p) ? forward_tensor_cores(p, rt) : "todo";
+  const bool tensor_cores = p.type != Type::f32 && scale_is_positive(p) && rows_aligned(p);
+  return tensor_cores ? forward_tensor_cores(p, rt) : forward_any(p, rt);
 }
 
 const char* backward(const BackwardParams& b, const Runtime& rt) {
   const ForwardParams& p = b.forward;
   if (p.dim != p.v_dim) return no_such_instance();
-  return backward_tensor_cores(b, rt);
+  const bool tensor_cores = p.type != Type::f32 && scale_is_positive(p) && rows_aligned(b);
+  return tensor_cores ? backward_tensor_cores(b, rt) : backward_any(b, rt);
 }
 
 }  // namespace
+
+bool rows_aligned(const ForwardParams& p) {
+  return aligned(p.q, p.q_strides, queries(p), p.type) && aligned(p.out, p.out_strides, queries(p), p.type) &&
+         aligned(p.k, p.k_strides, keys(p), p.type) && aligned(p.v, p.v_strides, keys(p), p.type);
+}
+
+bool rows_aligned(const BackwardParams& b) {
+  const ForwardParams& p = b.forward;
+  return rows_aligned(p) && aligned(b.dout, b.dout_strides, queries(p), p.type) &&
+         aligned(b.dq, b.dq_strides, queries(p), p.type) && aligned(b.dk, b.dk_strides, keys(p), p.type) &&
+         aligned(b.dv, b.dv_strides, keys(p), p.type);
+}
+
 }  // namespace tilewise::attention
 
 extern "C" __attribute__((visibility("default"))) const tilewise::attention::Kernels tilewise_attention_cuda = {

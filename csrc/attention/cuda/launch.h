@@ -12,6 +12,10 @@ const char* backward_tensor_cores(const BackwardParams&, const Runtime&);
 const char* forward_any(const ForwardParams&, const Runtime&);
 const char* backward_any(const BackwardParams&, const Runtime&);
 
+// Whether every row of every tensor starts on 16 bytes.
+bool rows_aligned(const ForwardParams&);
+bool rows_aligned(const BackwardParams&);
+
 template <class T>
 struct TypeTag {
   using type = T;
@@ -23,7 +27,9 @@ struct Number {
   static constexpr int value = N;
 };
 
-inline const char* no_such_instance() { return "no CUDA kernel for this type and head dim"; }
+inline const char* no_such_instance() {
+  return "no CUDA kernel for this type and head dim";
+}
 
 // select(..., fn) calls fn with the tags of the instance. TILEWISE_FEW_INSTANCES keeps one type and head dim: seeded
 // bugs are compiled often.

@@ -35,4 +35,19 @@ struct Causal {
   SIMT_DEVICE int full_query_begin(int k_end) const { return k_end <= k_len ? max_of(0, k_end - 1 - shift()) : kNever; }
 };
 
+// Either of the two, chosen at run time: for kernels whose time is not decided by a branch.
+struct DenseOrCausal {
+  bool is_causal;
+  Dense dense;
+  Causal causal;
+
+  SIMT_DEVICE DenseOrCausal(bool is_causal, int q_len, int k_len)
+      : is_causal(is_causal), dense{q_len, k_len}, causal{q_len, k_len} {}
+  SIMT_DEVICE bool sees(int query, int key) const {
+    return dense.sees(query, key) && (!is_causal || causal.sees(query, key));
+  }
+  SIMT_DEVICE int key_end(int q_end) const { return is_causal ? causal.key_end(q_end) : dense.key_end(q_end); }
+  SIMT_DEVICE int query_begin(int k_begin) const { return is_causal ? causal.query_begin(k_begin) : 0; }
+};
+
 }  // namespace tilewise::attention

@@ -60,7 +60,26 @@ SIMT_DEVICE int64_t stats_index(const ForwardParams& p, const Sequence& q, int h
   return p.cu_seqlens_q ? head * p.total_q + q.q_row : (static_cast<int64_t>(q.batch) * p.q_heads + head) * p.seq_q;
 }
 
-SIMT_DEVICE int min_of(int a, int b) { return a < b ? a : b; }
-SIMT_DEVICE int max_of(int a, int b) { return a > b ? a : b; }
+template <class T>
+SIMT_DEVICE float to_float(T v) {
+  if constexpr (is_same_v<T, float>)
+    return v;
+  else
+    return to_f32(v);
+}
+template <class T>
+SIMT_DEVICE T from_float(float v) {
+  if constexpr (is_same_v<T, float>)
+    return v;
+  else
+    return from_f32<T>(v);
+}
+
+SIMT_DEVICE int min_of(int a, int b) {
+  return a < b ? a : b;
+}
+SIMT_DEVICE int max_of(int a, int b) {
+  return a > b ? a : b;
+}
 
 }  // namespace tilewise::attention

@@ -92,7 +92,7 @@ SIMT_DEVICE void multiply_weights(float (&acc)[M][D / 8][4], const float (&weigh
     for (int i = 0; i < M; i++)
 #pragma unroll
       for (int r = 0; r < 4; r++) {
-        const float(&pair)[4] = weights[i][k + r / 2];
+        const float (&pair)[4] = weights[i][k + r / 2];
         fa[i][r] = pack2<T>(pair[2 * (r % 2)], pair[2 * (r % 2) + 1]);
       }
 #pragma unroll
@@ -128,7 +128,8 @@ SIMT_DEVICE void store_accumulators(T* target, int64_t row_stride, int valid, co
 #pragma unroll
   for (int i = 0; i < 16 * M * kChunks / kWarp; i++) {
     const int index = i * kWarp + lane, row = index / kChunks, chunk = index % kChunks;
-    if (row < valid) store16(target + row * row_stride + chunk * kChunk, load16(tile + tile_at<D>(tile_row + row, chunk)));
+    if (row < valid)
+      store16(target + row * row_stride + chunk * kChunk, load16(tile + tile_at<D>(tile_row + row, chunk)));
   }
 }
 
