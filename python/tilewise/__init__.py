@@ -3,8 +3,10 @@
 import torch as _torch  # noqa: F401  (first: the core looks for torch's thread team when it is loaded)
 
 from tilewise import _C
+from tilewise.attention import attention, attention_varlen
 
 _C.attach_torch_threads()
+__all__ = ["attention", "attention_varlen", "info"]
 __version__ = _C.version()
 
 
