@@ -7,7 +7,7 @@ namespace tilewise::sparse {
 enum class Type : int { f32, bf16, f16 };
 
 constexpr int kCsrRowBlock = 128;
-constexpr const char* kForeignPlan = "the plan does not belong to this matrix";
+inline constexpr const char* kForeignPlan = "the plan does not belong to this matrix";
 
 struct NmForwardParams {
   const void* x;           // [rows, in]
@@ -46,7 +46,7 @@ struct ColumnSumParams {
 
 struct CsrTiling {
   const int32_t* tile_ptr;  // [row blocks, column tiles] + 1
-  const int32_t* records;   // [n, 3]: row, first entry, count
+  const int32_t* records;   // [n, 4]: row, first entry, count, sum of the counts before
   int64_t tile;             // columns per tile
 };
 

@@ -1,6 +1,8 @@
 // The family's only argument checks, and the choice of its kernels.
 #include "tilewise/sparse.h"
 
+#include <utility>
+
 #include "common/check.h"
 #include "common/dispatch.h"
 #include "sparse/params.h"
@@ -101,6 +103,72 @@ void check_nm_indices(const Check& check, const Tensor& indices, int64_t out, in
   }
 }
 
+bool indices_below(const int32_t* p, int64_t count, int64_t bound) {
+  bool ok = true;
+  for (int64_t i = 0; i < count; i++) ok &= p[i] >= 0 && p[i] < bound;
+  return ok;
+}
+
+void check_crow(const Check& check, const Tensor& crow, int64_t nnz) {
+  const auto* p = crow.ptr<int32_t>();
+  const int64_t out = crow.shape[0] - 1;
+  bool rising = p[0] == 0 && p[out] == nnz;
+  for (int64_t i = 0; i < out; i++) rising &= p[i] <= p[i + 1];
+  check.that(rising, "weight.crow", "does not rise from 0 to %ld (the number of values), expected that",
+             static_cast<long>(nnz));
+}
+
+// The plan's records: within their row block and row, in the order that `position` says, each entry once.
+void check_records(const Check& check, const CsrMatrix& m, int64_t out, int64_t nnz) {
+  const int64_t across = (m.columns + m.tile - 1) / m.tile, tiles = (out + kCsrRows - 1) / kCsrRows * across;
+  const int64_t count = m.records.shape[0];
+  check.shape(m.tile_ptr, "weight.plan", {tiles + 1});
+  const int32_t *ptr = m.tile_ptr.ptr<int32_t>(), *crow = m.crow.ptr<int32_t>();
+  bool ok = ptr[0] == 0 && ptr[tiles] == count;
+  for (int64_t i = 0; i < tiles; i++) ok &= ptr[i] <= ptr[i + 1];
+  int64_t position = 0;
+  for (int64_t i = 0; ok && i < tiles; i++) {
+    const int64_t first_row = i / across * kCsrRows, end_row = first_row + kCsrRows < out ? first_row + kCsrRows : out;
+    for (const int32_t* r = m.records.ptr<int32_t>() + 4 * ptr[i]; r < m.records.ptr<int32_t>() + 4 * ptr[i + 1];
+         r += 4) {
+      ok = ok && r[0] >= first_row && r[0] < end_row && r[2] >= 0 && r[1] >= crow[r[0]] &&
+           int64_t{r[1]} + r[2] <= crow[r[0] + 1] && r[3] == position;
+      if (!ok) break;
+      position += r[2];
+    }
+  }
+  check.that(ok && position == nnz, "weight.plan", "does not belong to this matrix, expected CSR's own");
+}
+
+void check_csr(const Check& check, const CsrMatrix& m, int64_t nnz, const Tensor& as, const char* as_name) {
+  if (!host_checks_indices(as.device))
+    check.fail(ErrorKind::not_implemented, "weight", "is CSR on CUDA, expected CSR on CPU or another format");
+  for (auto [t, name] : {std::pair{&m.crow, "weight.crow"},
+                         {&m.col, "weight.col"},
+                         {&m.tile_ptr, "weight.plan"},
+                         {&m.records, "weight.plan"}}) {
+    check.dtype(*t, name, {DType::i32});
+    check.same_device(*t, name, as, as_name);
+    check.contiguous(*t, name);
+  }
+  check.dims(m.crow, "weight.crow", 1);
+  check.that(m.crow.shape[0] >= 1, "weight.crow", "is empty, expected one entry more than rows");
+  check.shape(m.col, "weight.col", {nnz});
+  check.shape(m.records, "weight.plan", {kAny, 4});
+  check.that(m.columns >= 0 && m.columns < INT32_MAX, "weight", "has %ld columns, expected less than 2^31",
+             static_cast<long>(m.columns));
+  check.that(m.tile >= 1 && m.tile <= 65536, "weight.plan", "has tiles of %ld columns, expected 1 to 65536",
+             static_cast<long>(m.tile));
+  check_crow(check, m.crow, nnz);
+  check.that(indices_below(m.col.ptr<int32_t>(), nnz, m.columns), "weight.col",
+             "holds a column out of range, expected 0 <= column < %ld", static_cast<long>(m.columns));
+  check_records(check, m, m.crow.shape[0] - 1, nnz);
+}
+
+CsrTiling tiling_of(const CsrMatrix& m) {
+  return {m.tile_ptr.ptr<int32_t>(), m.records.ptr<int32_t>(), m.tile};
+}
+
 }  // namespace
 
 void nm_linear(const Tensor& x, const Tensor& values, const Tensor& indices, const Tensor* bias, const Tensor& y,
@@ -163,6 +231,78 @@ void column_sum(const Tensor& dy, const Tensor& total, void* stream) {
   if (dy.shape[1] == 0) return;
   const ColumnSumParams params = {dy.data, total.data, dy.shape[0], dy.shape[1], row_stride(dy), type_of(dy)};
   run_kernel("column_sum", kKernels, dy.device, &Kernels::column_sum, params, stream);
+}
+
+void csr_linear(const Tensor& x, const Tensor& values, const CsrMatrix& matrix, const Tensor* order, const Tensor* bias,
+                const Tensor& y, void* stream) {
+  const Check check("linear");
+  check.dims(x, "x", 2);
+  check.dims(values, "weight.values", 1);
+  const int64_t rows = x.shape[0], in = matrix.columns, nnz = values.shape[0];
+  check_rows(check, x, "x", in);
+  check_dense(check, values, "weight.values", {nnz}, x, "x");
+  check_csr(check, matrix, nnz, x, "x");
+  const int64_t out = matrix.crow.shape[0] - 1;
+  if (order) {
+    check.dtype(*order, "weight.order", {DType::i64});
+    check.shape(*order, "weight.order", {nnz});
+    check.same_device(*order, "weight.order", x, "x");
+    check.contiguous(*order, "weight.order");
+    bool ok = true;
+    for (int64_t i = 0; i < nnz; i++) ok &= order->ptr<uint64_t>()[i] < static_cast<uint64_t>(nnz);
+    check.that(ok, "weight.order", "holds an index out of range, expected 0 <= index < %ld", static_cast<long>(nnz));
+  }
+  if (bias) check_dense(check, *bias, "bias", {out}, x, "x");
+  check_output(check, y, "y", {rows, out}, x, "x");
+  if (rows == 0 || out == 0) return;
+  const CsrForwardParams params = {x.data,
+                                   values.data,
+                                   matrix.crow.ptr<int32_t>(),
+                                   matrix.col.ptr<int32_t>(),
+                                   order ? order->ptr<int64_t>() : nullptr,
+                                   bias ? bias->data : nullptr,
+                                   y.data,
+                                   tiling_of(matrix),
+                                   rows,
+                                   in,
+                                   out,
+                                   nnz,
+                                   row_stride(x),
+                                   type_of(x)};
+  run_kernel("linear", kKernels, x.device, &Kernels::csr_forward, params, stream);
+}
+
+void csr_linear_dvalues(const Tensor& dy, const Tensor& x, const CsrMatrix& matrix, const Tensor& dvalues,
+                        void* stream) {
+  const Check check("linear backward");
+  check.dims(dy, "dy", 2);
+  check.dims(x, "x", 2);
+  check.dims(dvalues, "dvalues", 1);
+  const int64_t rows = dy.shape[0], in = matrix.columns, nnz = dvalues.shape[0];
+  check_csr(check, matrix, nnz, dy, "dy");
+  const int64_t out = matrix.crow.shape[0] - 1;
+  check_rows(check, dy, "dy", out);
+  check_rows(check, x, "x", in);
+  check.shape(x, "x", {rows, in});
+  check.same_dtype(x, "x", dy, "dy");
+  check.same_device(x, "x", dy, "dy");
+  check_output(check, dvalues, "dvalues", {nnz}, dy, "dy");
+  check.no_overlap(dvalues, "dvalues", x, "x");
+  if (nnz == 0) return;
+  const CsrGradValuesParams params = {dy.data,
+                                      x.data,
+                                      matrix.crow.ptr<int32_t>(),
+                                      matrix.col.ptr<int32_t>(),
+                                      dvalues.data,
+                                      tiling_of(matrix),
+                                      rows,
+                                      in,
+                                      out,
+                                      nnz,
+                                      row_stride(dy),
+                                      row_stride(x),
+                                      type_of(dy)};
+  run_kernel("linear backward", kKernels, dy.device, &Kernels::csr_grad_values, params, stream);
 }
 
 }  // namespace tilewise

@@ -26,21 +26,23 @@ void nm_linear_dvalues(const Tensor& dy, const Tensor& x, const Tensor& indices,
 // total [O] = the sum of the rows of dy [R, O]
 void column_sum(const Tensor& dy, const Tensor& total, void* stream = nullptr);
 
-// How a CSR matrix is cut into tiles of kCsrRows rows by `tile` columns, each of which works from the first level
-// cache.
-struct CsrPlan {
-  int64_t tile;     // columns per tile, a multiple of 4, at most 65536
+// A CSR matrix with its cut into tiles of kCsrRows rows by `tile` columns, each of which works from the first-level
+// cache. CPU only.
+struct CsrMatrix {
+  Tensor crow, col;
+  int64_t columns;  // I
+  int64_t tile;     // columns per tile
   Tensor tile_ptr;  // i32[row blocks * column tiles + 1], row block first: where each tile's records begin
-  Tensor records;   // i32[n, 3]: row, first entry, number of entries; a run of one row's entries within the tile
+  Tensor records;   // i32[n, 4]: row, first entry, number of entries, sum of the numbers before; a run of one row's
+                    // entries within the tile
 };
 constexpr int kCsrRows = 128;
 
-// `order` i64[Z] (null: as they stand) says which value belongs to which entry: the transposed matrix shares the
-// values.
-void csr_linear(const Tensor& x, const Tensor& values, const Tensor& crow, const Tensor& col, const Tensor* order,
-                const CsrPlan& plan, const Tensor* bias, const Tensor& y, void* stream = nullptr);
+// `order` i64[Z] (null: as they stand) says which value belongs to which entry: so the transposed matrix shares values.
+void csr_linear(const Tensor& x, const Tensor& values, const CsrMatrix& matrix, const Tensor* order, const Tensor* bias,
+                const Tensor& y, void* stream = nullptr);
 // dvalues [Z] = the entries of dy^T x
-void csr_linear_dvalues(const Tensor& dy, const Tensor& x, const Tensor& crow, const Tensor& col, const CsrPlan& plan,
-                        const Tensor& dvalues, void* stream = nullptr);
+void csr_linear_dvalues(const Tensor& dy, const Tensor& x, const CsrMatrix& matrix, const Tensor& dvalues,
+                        void* stream = nullptr);
 
 }  // namespace tilewise

@@ -3,9 +3,9 @@
 import torch as _torch  # noqa: F401  (first: the core looks for torch's thread team when it is loaded)
 
 from tilewise import _C
-from tilewise.sparse import CompressedWeight, NMSparse, linear, matmul
+from tilewise.sparse import CSR, CompressedWeight, NMSparse, linear, matmul
 
-__all__ = ["CompressedWeight", "NMSparse", "info", "linear", "matmul"]
+__all__ = ["CSR", "CompressedWeight", "NMSparse", "info", "linear", "matmul"]
 
 _C.attach_torch_threads()
 __version__ = _C.version()

@@ -78,6 +78,61 @@ def _nm_backward(ctx, dy):
 register_autograd("nm_linear", _nm_backward, _save_nm)
 
 
+def _csr_linear(x, values, bias, matrix, transposed, columns, tile):
+    y = x.new_empty(x.shape[0], matrix[0].shape[0] - 1)
+    order = matrix[4] if len(matrix) > 4 else None
+    crow, col, tile_ptr, records = matrix[:4]
+    _C.csr_linear(x, values, crow, col, columns, tile, tile_ptr, records, order, bias, y)
+    return y
+
+
+def _csr_linear_dvalues(dy, x, matrix, tile):
+    crow, col, tile_ptr, records = matrix
+    dvalues = dy.new_empty(col.shape[0])
+    _C.csr_linear_dvalues(dy, x, crow, col, x.shape[1], tile, tile_ptr, records, dvalues)
+    return dvalues
+
+
+# matrix = [crow, col, tile_ptr, records], transposed = the same of W^T and the order of its values, or nothing where no
+# gradient of x is asked for.
+_csr_linear_op = register(
+    "csr_linear(Tensor x, Tensor values, Tensor? bias, Tensor[] matrix, Tensor[] transposed, int columns, int tile)"
+    " -> Tensor",
+    _csr_linear,
+    fake=lambda x, values, bias, matrix, *_: x.new_empty(x.shape[0], matrix[0].shape[0] - 1),
+)
+_csr_linear_dvalues_op = register(
+    "csr_linear_dvalues(Tensor dy, Tensor x, Tensor[] matrix, int tile) -> Tensor",
+    _csr_linear_dvalues,
+    fake=lambda dy, x, matrix, tile: dy.new_empty(matrix[1].shape[0]),
+)
+
+
+def _save_csr(ctx, inputs, output):
+    x, values, _, matrix, transposed, columns, ctx.tile = inputs
+    ctx.save_for_backward(x, values, *matrix, *transposed)
+
+
+def _csr_backward(ctx, dy):
+    x, values, *structure = ctx.saved_tensors
+    matrix, transposed = structure[:4], structure[4:]
+    dy = dy.contiguous()
+    needs_x, needs_values, needs_bias, *_ = ctx.needs_input_grad
+    out = matrix[0].shape[0] - 1
+    return (
+        _csr_linear_op(dy, values, None, transposed, [], out, ctx.tile) if needs_x else None,
+        _csr_linear_dvalues_op(dy, x, matrix, ctx.tile) if needs_values else None,
+        _column_sum_op(dy) if needs_bias else None,
+        [None] * len(matrix),
+        [None] * len(transposed),
+        None,
+        None,
+    )
+
+
+register_autograd("csr_linear", _csr_backward, _save_csr)
+
+
 # ---- weights ----
 class CompressedWeight:
     """A weight (out, in) stored by its kept values. ``weight.values`` is an ordinary tensor: make it require gradients
@@ -294,6 +349,129 @@ def _expect_legal(indices: torch.Tensor, columns: int) -> None:
     for nibbles in (low, high):
         if not bool(((nibbles & 3) < (nibbles >> 2)).all()):
             raise ValueError("NMSparse: indices holds a group that is not two rising positions, expected only those")
+
+
+class CSR(CompressedWeight):
+    """Unstructured sparsity: crow int32 (out + 1,), col int32 (nnz,) with rising columns in every row, values (nnz,)."""
+
+    format = "csr"
+
+    def __init__(self, values: torch.Tensor, crow: torch.Tensor, col: torch.Tensor, columns: int):
+        _expect_tensor("CSR", "values", values, _DTYPES, (None,))
+        nnz = values.shape[0]
+        _expect_tensor("CSR", "crow", crow, (torch.int32,), (None,), values.device)
+        _expect_tensor("CSR", "col", col, (torch.int32,), (nnz,), values.device)
+        if crow.shape[0] == 0:
+            raise ValueError("CSR: crow is empty, expected one entry more than rows")
+        counts = crow.long().diff()
+        if int(crow[0]) != 0 or int(crow[-1]) != nnz or bool((counts < 0).any()):
+            raise ValueError(f"CSR: crow does not rise from 0 to {nnz} (the number of values), expected that")
+        if bool(((col < 0) | (col >= columns)).any()):
+            raise ValueError(f"CSR: col holds a column out of range, expected 0 <= column < {columns}")
+        rows = torch.arange(counts.shape[0], device=crow.device).repeat_interleave(counts)
+        if bool(((col[1:] <= col[:-1]) & (rows[1:] == rows[:-1])).any()):
+            raise ValueError("CSR: col does not rise within a row, expected rising columns")
+        super().__init__(values.contiguous(), (crow.shape[0] - 1, columns))
+        self._crow, self._col, self._rows = crow.contiguous(), col.contiguous(), rows
+        self._tile = _tile_columns(nnz, *self._shape)
+        self._plans = {}
+
+    @property
+    def crow(self) -> torch.Tensor:
+        return self._crow
+
+    @property
+    def col(self) -> torch.Tensor:
+        return self._col
+
+    @classmethod
+    def from_dense(cls, w: torch.Tensor, *, mask: torch.Tensor | None = None) -> CSR:
+        """The entries of w (out, in) that are not zero, or those where mask (bool, out, in) is True.
+
+        Raises:
+            TypeError: wrong dtype. ValueError: wrong shape.
+        """
+        _expect_tensor("CSR.from_dense", "w", w, _DTYPES, (None, None))
+        if mask is None:
+            mask = w != 0
+        else:
+            _expect_tensor("CSR.from_dense", "mask", mask, (torch.bool,), tuple(w.shape), w.device)
+        counts = mask.sum(1)
+        crow = torch.nn.functional.pad(counts.cumsum(0), (1, 0)).to(torch.int32)
+        return cls(w.detach()[mask], crow, mask.nonzero()[:, 1].to(torch.int32), w.shape[1])
+
+    def mask(self) -> torch.Tensor:
+        """bool (out, in): where values are kept."""
+        mask = torch.zeros(self.shape, dtype=torch.bool, device=self.device)
+        return mask.index_put((self._rows, self._col.long()), torch.ones((), dtype=torch.bool, device=self.device))
+
+    def to_dense(self) -> torch.Tensor:
+        dense = torch.zeros(self.shape, dtype=self.dtype, device=self.device)
+        return dense.index_put((self._rows, self._col.long()), self.values)
+
+    def state_dict(self) -> dict:
+        entries = {"values": self.values.detach(), "crow": self._crow, "col": self._col}
+        return {"format": self.format, "columns": self.shape[1], **entries}
+
+    @classmethod
+    def _from_state(cls, state):
+        _expect_keys("CSR.from_state_dict", state, ("format", "values", "crow", "col", "columns"))
+        _expect_ints("CSR.from_state_dict", state, ("columns",))
+        return cls(state["values"], state["crow"], state["col"], state["columns"])
+
+    def to(self, device) -> CSR:
+        if torch.device(device) == self.device:
+            return self
+        return CSR(self.values.to(device), self._crow.to(device), self._col.to(device), self.shape[1])
+
+    def _matrix(self) -> list[torch.Tensor]:
+        if "forward" not in self._plans:
+            plan = _csr_plan(self._rows, self._col.long(), self._tile, *self.shape)
+            self._plans["forward"] = [self._crow, self._col, *plan]
+        return self._plans["forward"]
+
+    def _transposed(self) -> list[torch.Tensor]:
+        if "transposed" not in self._plans:
+            order = self._col.long().argsort(stable=True)
+            rows, cols = self._col.long()[order], self._rows[order]
+            counts = torch.bincount(rows, minlength=self.shape[1])
+            crow = torch.nn.functional.pad(counts.cumsum(0), (1, 0)).to(torch.int32)
+            plan = _csr_plan(rows, cols, self._tile, self.shape[1], self.shape[0])
+            self._plans["transposed"] = [crow, cols.to(torch.int32), *plan, order]
+        return self._plans["transposed"]
+
+    def _linear(self, x, bias):
+        if self.device.type != "cpu":
+            raise NotImplementedError(f"linear: weight is CSR on {self.device}, expected CSR on CPU or another format")
+        needs_dx = x.requires_grad and torch.is_grad_enabled()
+        transposed = self._transposed() if needs_dx else []
+        return _csr_linear_op(x, self.values, bias, self._matrix(), transposed, self.shape[1], self._tile)
+
+
+_ROW_BLOCK = 128  # kCsrRows of tilewise/sparse.h
+
+
+def _tile_columns(nnz: int, out: int, columns: int) -> int:
+    """Sparser matrices take wider tiles, so that a row still has several entries in each (measured)."""
+    density = nnz / max(out * columns, 1)
+    return 64 if density > 0.125 else 128 if density > 0.07 else 256
+
+
+def _csr_plan(rows, cols, tile, out, columns) -> tuple[torch.Tensor, torch.Tensor]:
+    """tile_ptr and records of tilewise/sparse.h: one record per run of a row's entries within a tile of columns; a
+    tile's records in rising order of length."""
+    across = -(-columns // tile)
+    tiles = -(-out // _ROW_BLOCK) * across
+    run = rows * across + cols // tile
+    run, count = torch.unique_consecutive(run, return_counts=True)
+    first = count.cumsum(0) - count
+    row = run // across if across else run
+    where = row // _ROW_BLOCK * across + run % max(across, 1)
+    order = (where * (tile + 1) + count).argsort(stable=True)
+    row, first, count, where = row[order], first[order], count[order], where[order]
+    records = torch.stack([row, first, count, count.cumsum(0) - count], dim=1).to(torch.int32)
+    tile_ptr = torch.searchsorted(where, torch.arange(tiles + 1, device=where.device))
+    return tile_ptr.to(torch.int32), records
 
 
 # ---- public functions ----
