@@ -352,7 +352,7 @@ def _expect_legal(indices: torch.Tensor, columns: int) -> None:
 
 
 class CSR(CompressedWeight):
-    """Unstructured sparsity: crow int32 (out + 1,), col int32 (nnz,) with rising columns in every row, values (nnz,)."""
+    """Unstructured sparsity: crow int32 (out + 1,), col int32 (nnz,) rising within every row, values (nnz,)."""
 
     format = "csr"
 
