@@ -19,13 +19,18 @@ constexpr int kCodeBytes = 64;
 constexpr float on_grid(double x) {
   return static_cast<float>(static_cast<int>(x * 0x1p23 + 0.5) * 0x1p-23);
 }
-constexpr int kZeroCode = 7;  // signed: code 7 + i holds kMagnitudes[i], code 7 - i its negative; there is no -1
-constexpr float kMagnitudes[9] = {
-    0, on_grid(.0055), on_grid(.0325), on_grid(.0775), on_grid(.2125), on_grid(.4375), on_grid(.6625), on_grid(.8875),
-    1};
-constexpr float magnitude_midpoint(int i) {
-  return (kMagnitudes[i] + kMagnitudes[i + 1]) / 2;
+constexpr int kZeroCode = 7;  // signed: code 7 + i stands for magnitude i, code 7 - i for its negative; -1 is missing
+struct Magnitudes {
+  float value[9], midpoint[8];
+};
+constexpr Magnitudes make_magnitudes() {
+  constexpr double published[9] = {0, .0055, .0325, .0775, .2125, .4375, .6625, .8875, 1};
+  Magnitudes m = {};
+  for (int i = 0; i < 9; i++) m.value[i] = on_grid(published[i]);
+  for (int i = 0; i < 8; i++) m.midpoint[i] = (m.value[i] + m.value[i + 1]) / 2;
+  return m;
 }
+constexpr Magnitudes kMagnitudes = make_magnitudes();
 
 // Scales are floored, so that an all-zero block divides by nothing, and so that no intermediate of the exact rounding
 // is subnormal.

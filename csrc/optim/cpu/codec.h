@@ -86,8 +86,8 @@ struct Entries {
 };
 constexpr Entries signed_entries() {
   Entries e = {};
-  for (int i = 0; i < 9; i++) e.value[kZeroCode + i] = kMagnitudes[i];
-  for (int i = 1; i < 8; i++) e.value[kZeroCode - i] = -kMagnitudes[i];
+  for (int i = 0; i < 9; i++) e.value[kZeroCode + i] = kMagnitudes.value[i];
+  for (int i = 1; i < 8; i++) e.value[kZeroCode - i] = -kMagnitudes.value[i];
   return e;
 }
 constexpr Entries unsigned_entries() {
@@ -143,11 +143,11 @@ constexpr Bins make_bins() {
     bins.midpoint[index & 15] = kInfinity;
     bins.base[index & 15] = kZeroCode;
     for (int i = 0; i < 8; i++) {
-      const double at = double(magnitude_midpoint(i)) + kBinOffset;
+      const double at = double(kMagnitudes.midpoint[i]) + kBinOffset;
       if (at < low)
         bins.base[index & 15]++;
       else if (at < high)
-        bins.midpoint[index & 15] = magnitude_midpoint(i);
+        bins.midpoint[index & 15] = kMagnitudes.midpoint[i];
     }
   }
   return bins;
@@ -205,7 +205,7 @@ TILEWISE_INLINE void decode_unsigned(const uint8_t* codes, float factor, BlockVa
 
 TILEWISE_INLINE void encode_signed(const BlockValues& x, float scale, uint8_t* codes) {
   VF thresholds[8];
-  for (int i = 0; i < 8; i++) thresholds[i] = set1(product_down(magnitude_midpoint(i), scale));
+  for (int i = 0; i < 8; i++) thresholds[i] = set1(product_down(kMagnitudes.midpoint[i], scale));
   VI c[kVectors];
   for (int i = 0; i < kVectors; i++) {
     const VF a = abs(x[i]);
@@ -237,7 +237,7 @@ TILEWISE_INLINE void encode_unsigned(const BlockValues& x, float scale, uint8_t*
 #else  // generic
 
 TILEWISE_INLINE float signed_value(int code) {
-  return code < kZeroCode ? -kMagnitudes[kZeroCode - code] : kMagnitudes[code - kZeroCode];
+  return code < kZeroCode ? -kMagnitudes.value[kZeroCode - code] : kMagnitudes.value[code - kZeroCode];
 }
 
 inline void decode_signed(const uint8_t* codes, float factor, BlockValues& x) {
@@ -262,7 +262,7 @@ inline void pack(const VI (&c)[kVectors], uint8_t* codes) {
 
 inline void encode_signed(const BlockValues& x, float scale, uint8_t* codes) {
   float thresholds[8];
-  for (int i = 0; i < 8; i++) thresholds[i] = product_down(magnitude_midpoint(i), scale);
+  for (int i = 0; i < 8; i++) thresholds[i] = product_down(kMagnitudes.midpoint[i], scale);
   VI c[kVectors];
   for (int i = 0; i < kVectors; i++) {
     VI magnitude = {};
