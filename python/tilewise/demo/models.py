@@ -109,7 +109,8 @@ class LongFilter(nn.Module):
 
     def forward(self):
         """(C, L)."""
-        return (self.outer(torch.sin(self.inner(self.positions))).T * self.window) * 0.3
+        hidden = torch.sin(self.inner(self.positions))  # [l, width]
+        return 0.3 * (self.outer.weight @ hidden.T) * self.window
 
 
 class LongConvBlock(nn.Module):
