@@ -96,6 +96,10 @@ struct Exchange {
       while (atomic_add(p.aux, 0u) != 12345u) {
       }
     }
+    if (bug == id("spin_on_memory")) {
+      while (*static_cast<volatile uint32_t*>(p.aux) != 12345u) {
+      }
+    }
     p.x[i] = v;
   }
 };

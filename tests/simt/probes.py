@@ -33,7 +33,7 @@ def frame(*columns, kind=0):
 
 # ---- instructions of a single thread ----
 
-SCALAR_THREADS = 512
+SCALAR_THREADS = 256
 SPECIAL_FLOATS = np.array(
     [0, -0.0, 1, -1, np.inf, -np.inf, np.nan, 1e-45, -1e-45, 1e-38, 1.17549435e-38, 3.4e38, -3.4e38, 0.5, 65504, 65520]
     + [126, 127, 127.9999, 128, -126, -126.5, -127, -149, 6e-8, 2.9802322e-8, 5.9604645e-8, 6.1e-5, 2.5, 3.5, 1e20],
@@ -193,7 +193,7 @@ def sparse_bits(rng):
 
 # ---- collectives ----
 
-BLOCKS = 8
+BLOCKS = 4
 WARP_THREADS = 32 * BLOCKS
 
 
