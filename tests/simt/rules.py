@@ -12,7 +12,7 @@ SUFFIXES = {".h", ".cuh", ".cu"}
 
 RULES = {  # what is wrong: pattern
     "inline assembly": r"\basm\b",
-    "CUDA builtin or attribute; simt has a name for it": r"\b__(?!restrict__\b|FILE__\b|LINE__\b)\w+",
+    "CUDA builtin or attribute; simt has a name for it": r"\b__(?!restrict__\b|attribute__\b|FILE__\b|LINE__\b)\w+",
     "CUDA index variable; use thread_id() and its kin": r"\b(threadIdx|blockIdx|blockDim|gridDim|warpSize)\b",
     "CUDA runtime or driver; use simt::launch and its kin": r"\b(cuda[A-Z]\w*|cu[A-Z]\w*|CUtensorMap|CUresult)\b",
     "CUDA atomic; use simt::atomic_*": r"\batomic[A-Z]\w*",
