@@ -1,0 +1,35 @@
+# One source, compiled once per CPU instruction set and kept apart from all other code.
+# tilewise_add_isa_objects(<target> <family> <source>) adds the objects and TILEWISE_HAS_<ISA> definitions to <target>.
+
+set(TILEWISE_ISAS generic)
+if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
+  list(APPEND TILEWISE_ISAS avx2 avx512)
+  set(TILEWISE_FLAGS_generic -march=x86-64)
+  set(TILEWISE_FLAGS_avx2 -mavx2 -mfma -mbmi2 -mf16c -mprefer-vector-width=256)
+  set(TILEWISE_FLAGS_avx512 -mavx2 -mfma -mbmi2 -mf16c -mavx512f -mavx512bw -mavx512vl -mavx512dq
+      -mprefer-vector-width=512)
+endif()
+
+function(tilewise_add_isa_objects target family source)
+  foreach(isa IN LISTS TILEWISE_ISAS)
+    set(objects ${target}_${family}_${isa})
+    add_library(${objects} OBJECT ${source})
+    target_include_directories(${objects} PRIVATE ${CMAKE_SOURCE_DIR}/csrc ${CMAKE_SOURCE_DIR}/include)
+    target_compile_definitions(${objects} PRIVATE TILEWISE_ISA=${isa})
+    target_compile_options(${objects} PRIVATE ${TILEWISE_FLAGS_${isa}} -O3 -Wall -nostdinc++ -fno-exceptions -fno-rtti
+      -fno-threadsafe-statics -fno-asynchronous-unwind-tables -fno-math-errno -fno-trapping-math -ffp-contract=fast
+      -Wno-psabi -Wno-unused-function
+      -Wno-uninitialized -Wno-maybe-uninitialized)  # false: GCC's own intrinsics headers
+    set_target_properties(${objects} PROPERTIES INTERPROCEDURAL_OPTIMIZATION OFF CXX_EXTENSIONS ON)
+    # Fails the build if the object could leak code of its instruction set into the rest of the program.
+    set(stamp ${CMAKE_BINARY_DIR}/isa/${objects}.checked)
+    add_custom_command(OUTPUT ${stamp} VERBATIM DEPENDS $<TARGET_OBJECTS:${objects}>
+      ${CMAKE_SOURCE_DIR}/cmake/check_isa.cmake
+      COMMAND ${CMAKE_COMMAND} -DNM=${CMAKE_NM} -DOBJDUMP=${CMAKE_OBJDUMP} -DOBJECTS=$<TARGET_OBJECTS:${objects}>
+        -DTABLE=tilewise_${family}_${isa} -P ${CMAKE_SOURCE_DIR}/cmake/check_isa.cmake
+      COMMAND ${CMAKE_COMMAND} -E touch ${stamp})
+    target_sources(${target} PRIVATE $<TARGET_OBJECTS:${objects}> ${stamp})
+    string(TOUPPER ${isa} upper)
+    target_compile_definitions(${target} PRIVATE TILEWISE_HAS_${upper})
+  endforeach()
+endfunction()

@@ -1,0 +1,38 @@
+"""tilewise: CUDA kernels with native CPU twins, registered as PyTorch operators."""
+
+import torch as _torch  # noqa: F401  (first: the core looks for torch's thread team when it is loaded)
+
+from tilewise import _C, optim, reference, speculative
+from tilewise.attention import attention, attention_varlen
+from tilewise.fft_conv import fft_conv
+from tilewise.sparse import CSR, CompressedWeight, NMSparse, linear, matmul
+
+__all__ = [
+    "CSR",
+    "CompressedWeight",
+    "NMSparse",
+    "attention",
+    "attention_varlen",
+    "fft_conv",
+    "info",
+    "linear",
+    "matmul",
+    "optim",
+    "reference",
+    "speculative",
+]
+
+_C.attach_torch_threads()
+__version__ = _C.version()
+
+
+def info():
+    """What this build holds and what it found: version, CUDA architectures, CPU instruction set, threads, devices."""
+    return {
+        "version": _C.version(),
+        "cuda_architectures": _C.cuda_architectures(),
+        "isa": _C.isa(),
+        "isa_levels": _C.isa_levels(),
+        "threads": f"{_C.num_threads()} ({_C.thread_backend()})",
+        "cuda_devices": _C.cuda_devices(),
+    }

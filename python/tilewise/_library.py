@@ -1,0 +1,33 @@
+"""The single torch.library.Library, and the few ways in which every family registers its operators with it."""
+
+from collections.abc import Callable
+
+import torch
+
+_library = torch.library.Library("tilewise", "DEF")
+
+
+def register(schema: str, kernel: Callable, fake: Callable) -> Callable:
+    """Defines ``tilewise::<schema>`` for CPU and CUDA tensors and returns the operator.
+
+    ``kernel`` allocates with ``torch.empty`` and calls ``tilewise._C``; ``fake`` does the same without data. Passing a
+    function of ``tilewise._C`` itself as the kernel of an out-variant operator saves a Python frame per call.
+    """
+    name = schema.split("(", 1)[0]
+    _library.define(schema)
+    for key in ("CPU", "CUDA"):
+        _library.impl(name, kernel, key)
+    torch.library.register_fake(f"tilewise::{name}", fake, lib=_library)
+    return getattr(torch.ops.tilewise, name).default
+
+
+def register_autograd(name: str, backward: Callable, setup_context: Callable) -> None:
+    """Makes ``tilewise::<name>`` differentiable."""
+    torch.library.register_autograd(f"tilewise::{name}", backward, setup_context=setup_context, lib=_library)
+
+
+def check_tensors(operation: str, **tensors) -> None:
+    """Raises TypeError for arguments that are not tensors; None passes. Everything else is checked in the core."""
+    for name, value in tensors.items():
+        if value is not None and not isinstance(value, torch.Tensor):
+            raise TypeError(f"{operation}: {name} is a {type(value).__name__}, expected a torch.Tensor")

@@ -1,0 +1,66 @@
+"""The device axis of the whole suite: cpu (every instruction set of this machine) | emulated | cuda.
+
+``emulated`` runs the CUDA launchers and kernels, compiled for the host, on CPU tensors through the same Python
+functions. TILEWISE_EMULATOR=plain|race|asan chooses how they were compiled; other than plain, only tests marked
+``modes`` run (small inputs), and only on ``emulated``.
+"""
+
+import os
+import random
+
+import numpy
+import pytest
+import torch
+from harness.emulation import MODE, emulator_library
+from tilewise import _C
+
+
+class Device:
+    """One point of the axis: ``kind`` is cpu, emulated or cuda; ``torch`` is where its tensors live."""
+
+    def __init__(self, kind: str, isa: str | None = None):
+        self.kind, self.isa = kind, isa
+        self.torch = torch.device("cuda" if kind == "cuda" else "cpu")
+
+    def __str__(self):
+        return self.kind if self.isa is None else f"{self.kind}-{self.isa}"
+
+
+def _devices():
+    if MODE != "plain":
+        return [Device("emulated")]
+    devices = [Device("cpu", isa) for isa in reversed(_C.isa_levels())] + [Device("emulated")]
+    return devices + ([Device("cuda")] if _C.cuda_architectures() and torch.cuda.is_available() else [])
+
+
+@pytest.fixture(params=_devices(), ids=str)
+def device(request):
+    """Selects the backend for one test; tensors go to ``device.torch``."""
+    where = request.param
+    before = _C.isa()
+    if where.isa:
+        _C.set_isa(where.isa)
+    if where.kind == "emulated":
+        _C.emulate(emulator_library())
+    yield where
+    _C.emulate(None)
+    _C.set_isa(before)
+
+
+@pytest.fixture(autouse=True)
+def fresh_seed(request):
+    """Fresh random inputs in every run; the seed is printed when a test fails, and TILEWISE_SEED repeats it."""
+    seed = int(os.environ.get("TILEWISE_SEED", random.SystemRandom().randrange(2**31)))
+    request.node.user_properties.append(("seed", seed))
+    torch.manual_seed(seed)
+    random.seed(seed)
+    numpy.random.seed(seed)
+    print(f"TILEWISE_SEED={seed}")
+
+
+def pytest_collection_modifyitems(config, items):
+    if MODE == "plain":
+        return
+    keep = [i for i in items if i.get_closest_marker("modes") and "emulated" in i.name]
+    config.hook.pytest_deselected(items=[i for i in items if i not in keep])
+    items[:] = keep
