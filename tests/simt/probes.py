@@ -4,7 +4,8 @@ A case's inputs are uint32 [threads, 16], as are its outputs. Its model returns 
 and, for results that are not exact, the absolute error allowed of each as a float.
 """
 
-from typing import Callable, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import formats
 import numpy as np
@@ -88,8 +89,10 @@ def by_halves(kind, function):
     """A model of packed arithmetic from one of its halves."""
 
     def model(a, b, c):
-        lo = [function(int(x & 0xFFFF), int(y & 0xFFFF), int(z & 0xFFFF), kind) for x, y, z in zip(a, b, c)]
-        hi = [function(int(x >> 16), int(y >> 16), int(z >> 16), kind) for x, y, z in zip(a, b, c)]
+        lo = [
+            function(int(x & 0xFFFF), int(y & 0xFFFF), int(z & 0xFFFF), kind) for x, y, z in zip(a, b, c, strict=True)
+        ]
+        hi = [function(int(x >> 16), int(y >> 16), int(z >> 16), kind) for x, y, z in zip(a, b, c, strict=True)]
         return pack(lo, hi)
 
     return model
@@ -139,7 +142,7 @@ def prmt(a, b, selector):
 
 
 def per_word(function):
-    return lambda *columns: [function(*map(int, row)) for row in zip(*columns)]
+    return lambda *columns: [function(*map(int, row)) for row in zip(*columns, strict=True)]
 
 
 def conversions(kind):

@@ -10,7 +10,6 @@ import pytest
 import wgmma_cases
 from emulated import message, pointer
 
-
 HOST = golden.Host()
 
 
@@ -96,9 +95,9 @@ def swizzled_order(box):
 
 def box_of(tensor, box, coords):
     """The box's elements in order, zero outside, and the index of each inside."""
-    grid = np.meshgrid(*(np.arange(b) + c for b, c in zip(box[::-1], coords[::-1])), indexing="ij")
-    inside = np.all([(g >= 0) & (g < n) for g, n in zip(grid, tensor.shape)], axis=0)
-    clipped = tuple(np.clip(g, 0, n - 1) for g, n in zip(grid, tensor.shape))
+    grid = np.meshgrid(*(np.arange(b) + c for b, c in zip(box[::-1], coords[::-1], strict=True)), indexing="ij")
+    inside = np.all([(g >= 0) & (g < n) for g, n in zip(grid, tensor.shape, strict=True)], axis=0)
+    clipped = tuple(np.clip(g, 0, n - 1) for g, n in zip(grid, tensor.shape, strict=True))
     return np.where(inside, tensor[clipped], 0), inside, clipped
 
 
