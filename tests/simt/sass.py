@@ -133,7 +133,7 @@ def demangle(names):
         return dict(zip(names, names, strict=True))
     done = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True)
     readable = {}
-    for mangled, name in zip(names, done.stdout.splitlines()):
+    for mangled, name in zip(names, done.stdout.splitlines(), strict=True):
         entry = re.search(r"simt::detail::kernel_entry<(.*)>\(", name)
         short = (entry[1] if entry else name).strip()
         readable[mangled] = re.sub(r"\(anonymous namespace\)::|_GLOBAL__N__\w+::", "", short)
