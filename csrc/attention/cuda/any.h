@@ -70,10 +70,11 @@ struct AnyForward {
                                  int query, int key, float scale_log2) {
 #pragma unroll
     for (int i = 0; i < kOwnRows; i++) {
+      const int limit = mask.key_limit(query + i);
       float top = -INFINITY;
 #pragma unroll
       for (int j = 0; j < kOwnColumns; j++) {
-        const bool seen = mask.sees(query + i, key + own_column() + kLanesPerRow * j);
+        const bool seen = key + own_column() + kLanesPerRow * j < limit;
         scores[i][j] = seen ? scores[i][j] * scale_log2 : -INFINITY;
         top = fmaxf(top, scores[i][j]);
       }
@@ -181,13 +182,15 @@ struct AnyBackwardQueries : AnyBackward<T, D> {
       multiply_rows<D>(ds, s.own[0], s.streamed[0]);
       multiply_rows<D>(dp, s.own[1], s.streamed[1]);
 #pragma unroll
-      for (int i = 0; i < kOwnRows; i++)
+      for (int i = 0; i < kOwnRows; i++) {
+        const int limit = mask.key_limit(query + i);
 #pragma unroll
         for (int j = 0; j < kOwnColumns; j++) {
-          const bool seen = mask.sees(query + i, key + own_column() + kLanesPerRow * j);
+          const bool seen = key + own_column() + kLanesPerRow * j < limit;
           const float weight = seen ? exp2_approx(ds[i][j] * (p.scale * kLog2e) - base[i]) : 0.f;
           ds[i][j] = weight * (dp[i][j] - delta[i]);
         }
+      }
       share_weights(s.weights, ds);
       add_weighted<D>(dq, s.weights, s.streamed[0]);
     }
@@ -253,7 +256,7 @@ struct AnyBackwardKeys : AnyBackward<T, D> {
       const int column = own_column() + kLanesPerRow * j;
 #pragma unroll
       for (int i = 0; i < kOwnRows; i++) {
-        const bool seen = mask.sees(query + column, key + i);
+        const bool seen = query + column >= mask.query_begin(key + i);
         weights[i][j] = seen ? exp2_approx(weights[i][j] * scale_log2 - s.lse[column]) : 0.f;
         ds[i][j] = weights[i][j] * (ds[i][j] - s.delta[column]);
       }

@@ -69,14 +69,19 @@ struct BackwardQueries {
 #pragma unroll
     for (int i = 0; i < kFragments; i++)
 #pragma unroll
-      for (int j = 0; j < kStep / 8; j++)
+      for (int h = 0; h < 2; h++) {
+        const int limit = mask.key_limit(query + 16 * i + 8 * h + g) - key - 2 * t;
 #pragma unroll
-        for (int e = 0; e < 4; e++) {
-          float p = exp2_approx(scores[i][j][e] * scale_log2 - rows.base[i][e / 2]);
-          if (Masked && !mask.sees(query + 16 * i + g + 8 * (e / 2), key + 8 * j + 2 * t + e % 2)) p = 0.f;
-          dp[i][j][e] = p * (dp[i][j][e] - rows.delta[i][e / 2]);
-        }
-    multiply_weights<D>(dq, dp, s.k[stage], row);
+        for (int j = 0; j < kStep / 8; j++)
+#pragma unroll
+          for (int c = 0; c < 2; c++) {
+            const int e = 2 * h + c;
+            float p = exp2_approx(scores[i][j][e] * scale_log2 - rows.base[i][h]);
+            if (Masked && 8 * j + c >= limit) p = 0.f;
+            dp[i][j][e] = p * (dp[i][j][e] - rows.delta[i][h]);
+          }
+      }
+    multiply<D>(dq, dp, s.k[stage], row);
   }
 
   SIMT_DEVICE static void run(const Params& args, Smem& s) {
@@ -117,9 +122,11 @@ struct BackwardQueries {
         }
         cp_async_commit();
         if (tile < full)
+#pragma unroll 1
           for (int row = 0; row < kKeys; row += kStep)
             step<false>(s, stage, row, mask, rows, scale_log2, query, tile * kKeys + row, dq);
         else
+#pragma unroll 1
           for (int row = 0; row < kKeys; row += kStep)
             step<true>(s, stage, row, mask, rows, scale_log2, query, tile * kKeys + row, dq);
       }
@@ -181,23 +188,28 @@ struct BackwardKeys {
     float p[kFragments][kStep / 8][4] = {}, ds[kFragments][kStep / 8][4] = {};
     multiply_transposed<D>(p, s.k, own, s.q[stage], column);
     multiply_transposed<D>(ds, s.v, own, s.dout[stage], column);
+    int hidden[kFragments][2];  // the columns below this, counted from 2 t, do not see the key
+#pragma unroll
+    for (int i = 0; i < kFragments; i++)
+#pragma unroll
+      for (int h = 0; h < 2; h++) hidden[i][h] = mask.query_begin(key + 16 * i + 8 * h + g) - query - 2 * t;
 #pragma unroll
     for (int j = 0; j < kStep / 8; j++)
 #pragma unroll
       for (int c = 0; c < 2; c++) {
-        const int at = 8 * j + 2 * t + c;
-        const float base = exponent_base(s.lse[stage][column + at]), delta = s.delta[stage][column + at];
+        const int at = column + 8 * j + 2 * t + c;
+        const float base = exponent_base(s.lse[stage][at]), delta = s.delta[stage][at];
 #pragma unroll
         for (int i = 0; i < kFragments; i++)
 #pragma unroll
           for (int e = c; e < 4; e += 2) {
             p[i][j][e] = exp2_approx(p[i][j][e] * scale_log2 - base);
-            if (Masked && !mask.sees(query + at, key + 16 * i + g + 8 * (e / 2))) p[i][j][e] = 0.f;
+            if (Masked && 8 * j + c < hidden[i][e / 2]) p[i][j][e] = 0.f;
             ds[i][j][e] = p[i][j][e] * (ds[i][j][e] - delta);
           }
       }
-    multiply_weights<D>(sums.dv, p, s.dout[stage], column);
-    multiply_weights<D>(sums.dk, ds, s.q[stage], column);
+    multiply<D>(sums.dv, p, s.dout[stage], column);
+    multiply<D>(sums.dk, ds, s.q[stage], column);
   }
 
   SIMT_DEVICE static void run(const Params& args, Smem& s) {
@@ -230,9 +242,11 @@ struct BackwardKeys {
         if (index + 1 < total) load_queries(s, stage ^ 1, b, seq, group, index + 1);
         cp_async_commit();
         if (query >= full)
+#pragma unroll 1
           for (int column = 0; column < kQueries; column += kStep)
             step<false>(s, stage, column, mask, scale_log2, key, query + column, sums);
         else
+#pragma unroll 1
           for (int column = 0; column < kQueries; column += kStep)
             step<true>(s, stage, column, mask, scale_log2, key, query + column, sums);
       }
