@@ -70,7 +70,7 @@ SIMT_DEVICE void multiply_transposed(float (&acc)[M][N][4], const T* a, int a_ro
   const int lane = lane_id();
   const int a_at = tile_at<D>(a_row + (lane & 15), lane >> 4);
   const int b_at = tile_at<D>(b_row + (lane & 7) + (lane >> 4 << 3), lane >> 3 & 1);
-#pragma unroll
+#pragma unroll(D / 32)  // all steps at once make ptxas prefetch so much that it spills
   for (int k = 0; k < D; k += 16) {
     uint32_t fa[M][4];
 #pragma unroll
