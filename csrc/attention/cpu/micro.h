@@ -52,22 +52,22 @@ TILEWISE_INLINE void for_rows(int count, const F& body) {
   if (i < count) body(Int<1>{}, i);
 }
 
+// c[m][v] += acc[m][v]. Products are summed from zero and then added: shorter chains of roundings.
+template <int M, int N>
+TILEWISE_INLINE void add_block(const VF (&acc)[M][N], float* c, int64_t ldc) {
+#pragma GCC unroll 8
+  for (int m = 0; m < M; m++)
+#pragma GCC unroll 8
+    for (int v = 0; v < N; v++) store(c + m * ldc + v * W, load(c + m * ldc + v * W) + acc[m][v]);
+}
+
 // c[m][lane] += sum over k < depth of a(m, k) * b[k][lane] for N vectors of lanes; b and c are tiles.
 template <int N>
 void accumulate(int rows, int depth, const float* a, int64_t lda, const float* b, float* c) {
-  for_rows(rows, [&](auto block, int m0) {
-    constexpr int M = decltype(block)::value;
-    float* out = c + m0 * kLanes;
-    VF acc[M][N];
-#pragma GCC unroll 8
-    for (int m = 0; m < M; m++)
-#pragma GCC unroll 8
-      for (int v = 0; v < N; v++) acc[m][v] = load(out + m * kLanes + v * W);
-    multiply<Operand::by_column>(acc, depth, a + m0, lda, b, kLanes);
-#pragma GCC unroll 8
-    for (int m = 0; m < M; m++)
-#pragma GCC unroll 8
-      for (int v = 0; v < N; v++) store(out + m * kLanes + v * W, acc[m][v]);
+  for_rows(rows, [&](auto block, int m) {
+    VF acc[decltype(block)::value][N] = {};
+    multiply<Operand::by_column>(acc, depth, a + m, lda, b, kLanes);
+    add_block(acc, c + m * kLanes, kLanes);
   });
 }
 
