@@ -19,19 +19,45 @@ MUTATIONS = [
         "s.token[i] = candidate(q, i, s.token[s.parent[i]]);",
         "race",
     ),
-    Mutation("new_node_not_shared", _BUILD, "      s.token[at] = token;\n    }\n    sync_warp();", "      s.token[at] = token;\n    }", "race"),
-    Mutation("first_row_stays", _BUILD, "int i = row + 1 + lane_id(); i < rows;", "int i = lane_id(); i < row;", "plain"),
-    Mutation("descending_moves", _PAGES, "for (int j = 1; j <= accepted; j++)\n      reinterpret_cast", "for (int j = accepted; j >= 1; j--)\n      reinterpret_cast", "plain"),
+    Mutation(
+        "new_node_not_shared",
+        _BUILD,
+        "      s.token[at] = token;\n    }\n    sync_warp();",
+        "      s.token[at] = token;\n    }",
+        "race",
+    ),
+    Mutation(
+        "first_row_stays", _BUILD, "int i = row + 1 + lane_id(); i < rows;", "int i = lane_id(); i < row;", "plain"
+    ),
+    Mutation(
+        "descending_moves",
+        _PAGES,
+        "for (int j = 1; j <= accepted; j++)\n      reinterpret_cast",
+        "for (int j = accepted; j >= 1; j--)\n      reinterpret_cast",
+        "plain",
+    ),
     Mutation("padding_appended", _PAGES, "|| i >= checked_count(p.n_nodes, b, p.nodes, 0, q.fault)", "", "plain"),
     Mutation("last_of_ties", _VERIFY, "0xffffffffu - (uint32_t)index);", "(uint32_t)index);", "plain"),
-    Mutation("best_read_early", _VERIFY, "if (lane_id() == 0) s.best[warp_id()] = key;\n    sync_block();", "if (lane_id() == 0) s.best[warp_id()] = key;", "race"),
+    Mutation(
+        "best_read_early",
+        _VERIFY,
+        "if (lane_id() == 0) s.best[warp_id()] = key;\n    sync_block();",
+        "if (lane_id() == 0) s.best[warp_id()] = key;",
+        "race",
+    ),
     Mutation("tail_not_masked", _ATTENTION, "masked && node >= 0 && ", "false && ", "plain"),
     Mutation("no_wait_for_copy", _ATTENTION, "cp_async_wait<1>();", "cp_async_wait<2>();", "race"),
-    Mutation("stage_refilled_early", _ATTENTION, "sync_block();  // everyone has read the stage that is filled next", "", "race"),
+    Mutation(
+        "stage_refilled_early",
+        _ATTENTION,
+        "sync_block();  // everyone has read the stage that is filled next",
+        "",
+        "race",
+    ),
     Mutation("sum_not_rescaled", _ATTENTION, "run.sum[h] * shrink + sum", "run.sum[h] + sum", "plain"),
     Mutation("unstaged_output", _ATTENTION, "sync_warp();  // a warp stages and stores its own rows", "", "race"),
     Mutation("merge_ignores_lse", _ROWS, "sum += exp2_approx((lse - base) * kLog2e) *", "sum +=", "plain"),
-]  # fmt: skip
+]
 
 
 def _tree():
@@ -61,7 +87,10 @@ def _check_trees(generator):
     tokens = torch.randint(0, 3, parent.shape, generator=generator, dtype=torch.int32)
     logits = torch.randint(0, 2, (1, 8, 70), generator=generator).float()
     tokens[0, 1] = logits[0, 0].argmax()
-    _same(spec.verify_greedy(parent, tokens, logits, n_nodes=n_nodes), reference.verify_greedy(parent, tokens, logits, n_nodes, 7))
+    _same(
+        spec.verify_greedy(parent, tokens, logits, n_nodes=n_nodes),
+        reference.verify_greedy(parent, tokens, logits, n_nodes, 7),
+    )
 
 
 def _check_caches(generator):

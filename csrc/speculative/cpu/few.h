@@ -8,8 +8,8 @@ namespace {
 
 constexpr int kFewRows = 4;
 
-// Adds up each of W vectors: lane i of v[0] becomes the sum of v[i]. Each of the log2(W) rounds halves their number; the
-// shuffles are known to the compiler only because N is.
+// Adds up each of W vectors: lane i of v[0] becomes the sum of v[i]. Each of the log2(W) rounds halves their number;
+// the shuffles are known to the compiler only because N is.
 template <int N = W / 2>
 TILEWISE_INLINE void sums_into_first(VF (&v)[W]) {
   VI low, high;
