@@ -11,7 +11,7 @@ from tilewise.optim.quantize import CODE_BYTES, block_count
 
 
 def _adamw_step(params, grads, exp_avgs, exp_avg_sqs, scales, steps, lr, beta1, beta2, eps, weight_decay, maximize):
-    dense = [p.contiguous() for p in params]  # a no-op for contiguous ones
+    dense = [_dense(p) for p in params]
     grads = [g.contiguous() for g in grads]
     _C.adamw_step(dense, grads, exp_avgs, exp_avg_sqs, scales, steps, lr, beta1, beta2, eps, weight_decay, maximize)
     for p, d in zip(params, dense, strict=True):
@@ -170,6 +170,15 @@ class AdamW(Optimizer):
             for name in ("exp_avg", "exp_avg_sq"):
                 state[name] = torch.zeros(p.shape, dtype=torch.float32, device=p.device)
         return state
+
+
+def _dense(p):
+    """The parameter itself, or a contiguous copy."""
+    if p.is_contiguous():
+        return p
+    if any(size > 1 and stride == 0 for size, stride in zip(p.shape, p.stride(), strict=True)):
+        raise ValueError(f"adamw_step: param has strides {p.stride()}, expected elements that do not overlap")
+    return p.contiguous()
 
 
 def _by_device(params):
