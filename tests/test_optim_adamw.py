@@ -123,7 +123,7 @@ def test_closure_schedulers_and_tensor_lr(device):
 
         losses = []
         for _ in range(4):
-            losses.append(float(optimizer.step(closure)))
+            losses.append(optimizer.step(closure).item())
             schedule.step()
         assert losses[-1] < losses[0] and float(optimizer.param_groups[0]["lr"]) == pytest.approx(0.1 / 16)
         runs.append(losses)
@@ -209,7 +209,7 @@ def test_wrong_parameters():
         with pytest.raises(TypeError, match="adamw_step: param has dtype"):
             tw.optim.AdamW([p]).step()
     [p] = parameters(shapes=[(50, 4)])
-    p.grad = torch.sparse_coo_tensor(torch.tensor([[1]]), torch.ones(1, 4), (50, 4))
+    p.grad = torch.sparse_coo_tensor([[1]], torch.ones(1, 4), (50, 4), check_invariants=True)
     with pytest.raises(TypeError, match="layout"):
         tw.optim.AdamW([p]).step()
     p = torch.nn.Parameter(torch.randn(1, 40).expand(50, 40))
