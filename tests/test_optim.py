@@ -262,25 +262,25 @@ WRONG_SLOTS = {
     "code dtype": (TypeError, lambda s: s.__setitem__(2, s[2].view(torch.int8))),
     "code shape": (ValueError, lambda s: s.__setitem__(3, s[3][:1])),
     "code strides": (ValueError, lambda s: s.__setitem__(2, torch.stack([s[2], s[2]], -1)[..., 0])),
-    "mixed states": (TypeError, lambda s: s.__setitem__(3, torch.zeros(200))),
+    "mixed states": (TypeError, lambda s: s.__setitem__(3, s[0].new_zeros(200))),
     "scale shape": (ValueError, lambda s: s.__setitem__(4, s[4][:1])),
     "scale dtype": (TypeError, lambda s: s.__setitem__(4, s[4].double())),
-    "no scales": (ValueError, lambda s: s.__setitem__(4, torch.empty(0))),
+    "no scales": (ValueError, lambda s: s.__setitem__(4, s[4].new_empty(0))),
     "step dtype": (TypeError, lambda s: s.__setitem__(5, torch.tensor(1))),
     "step size": (ValueError, lambda s: s.__setitem__(5, torch.zeros(2))),
     "step negative": (ValueError, lambda s: s[5].fill_(-1)),
     "step NaN": (ValueError, lambda s: s[5].fill_(float("nan"))),
     "overlap": (ValueError, lambda s: s.__setitem__(1, s[0])),
-    "misaligned": (ValueError, lambda s: s.__setitem__(2, torch.zeros(129, dtype=torch.uint8)[1:].view(2, 64))),
+    "misaligned": (ValueError, lambda s: s.__setitem__(2, s[2].new_zeros(129)[1:].view(2, 64))),
 }
 
 
 @pytest.mark.parametrize("name", WRONG_SLOTS)
 def test_wrong_slot(device, name):
     error, spoil = WRONG_SLOTS[name]
-    good, bad = make_slot((200,), torch.float32, torch.float32), make_slot((200,), torch.float32, torch.float32)
-    spoil(bad)
-    slots = [[t.to(device.torch) if i < 5 else t for i, t in enumerate(slot)] for slot in (good, bad)]
+    slots = [make_slot((200,), torch.float32, torch.float32) for _ in range(2)]
+    slots = [[*(t.to(device.torch) for t in slot[:5]), slot[5]] for slot in slots]
+    spoil(slots[1])
     before = [[t.clone() for t in slot] for slot in slots]
     with pytest.raises(error, match="adamw_step: "):
         adamw_step(*(list(c) for c in zip(*slots, strict=True)), 1e-3, 0.9, 0.999, 1e-8, 1e-2, False)

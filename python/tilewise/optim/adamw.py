@@ -55,6 +55,8 @@ class AdamW(Optimizer):
         block_size: None or 128.
         min_quantized_size: parameters with fewer elements keep 32-bit states.
 
+    The step counters are in host memory: a step costs no synchronisation, but cannot be replayed from a CUDA graph.
+
     Every option may differ between parameter groups. ``state_bits`` and ``min_quantized_size`` decide at a parameter's
     first step; later changes do not touch existing states.
 
@@ -135,8 +137,9 @@ class AdamW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
+        for group in self.param_groups:  # all of them before anything changes
             check_group("AdamW", group)
+        for group in self.param_groups:
             for params in _by_device(p for p in group["params"] if p.grad is not None):
                 self._step_params(group, params)
         return loss
