@@ -115,6 +115,8 @@ const char* csr_many_rows(const CsrForwardParams& p, const Runtime& rt) {
 }
 
 // ---- few rows: a dot product per output, x gathered by column ----
+constexpr int64_t kFewCsrRows = 8;
+
 TILEWISE_INLINE VF gather(const float* p, VI at) {
 #if defined(__AVX512F__)
   return (VF)_mm512_i32gather_ps((__m512i)at, p, 4);
@@ -153,9 +155,9 @@ inline void csr_dots(const CsrForwardParams& p, const float* x, int64_t begin, i
 
 template <class T>
 const char* csr_few_rows(const CsrForwardParams& p, const Runtime& rt) {
-  float* x = scratch<float>(rt, 0, kFewRows * p.in + W);
+  float* x = scratch<float>(rt, 0, kFewCsrRows * p.in + W);
   if (!x) return kOutOfMemory;
-  for (int64_t r = 0; r < kFewRows; r++)
+  for (int64_t r = 0; r < kFewCsrRows; r++)
     for (int64_t k = 0; k < p.in; k++)
       x[r * p.in + k] = r < p.rows ? to_float(static_cast<const T*>(p.x)[r * p.x_stride + k]) : 0.f;
   const int64_t grain = max_of<int64_t>(1, 16384 * p.out / max_of<int64_t>(p.nnz, 1));
@@ -171,7 +173,7 @@ const char* csr_few_rows(const CsrForwardParams& p, const Runtime& rt) {
 const char* csr_forward(const CsrForwardParams& p, const Runtime& rt) {
   return with_type(p.type, [&](auto t) {
     using T = decltype(t);
-    if (p.rows <= kFewRows) return csr_few_rows<T>(p, rt);
+    if (p.rows <= kFewCsrRows) return csr_few_rows<T>(p, rt);
     return p.tiling.tile <= 64 ? csr_many_rows<T, 8>(p, rt) : csr_many_rows<T, 4>(p, rt);
   });
 }
