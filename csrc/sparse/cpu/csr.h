@@ -92,7 +92,7 @@ const char* csr_many_rows(const CsrForwardParams& p, const Runtime& rt) {
   constexpr int64_t kWidth = V * W;
   const CsrTiles tiles(p.tiling, p.out, p.in);
   const Panels panels(p.rows, kWidth, p.in);
-  float* packed = scratch<float>(rt, 0, panels.per_chunk * p.in * kWidth);
+  float* packed = scratch<float>(rt, 0, panels.per_chunk * p.in * kWidth + W);
   const CsrEntries entries = {scratch<float>(rt, 1, p.nnz + W), scratch<uint32_t>(rt, 2, p.nnz + W)};
   if (!packed || !entries.values || !entries.offsets) return kOutOfMemory;
   if (!order_entries<T>(p, rt, tiles, entries, kWidth)) return kForeignPlan;
@@ -185,12 +185,15 @@ template <class T>
 const char* csr_grad_values(const CsrGradValuesParams& p, const Runtime& rt) {
   const CsrTiles tiles(p.tiling, p.out, p.in);
   const int64_t width = min_of(kCsrDotRows, round_up(p.rows, W));
+  if (p.rows == 0) {
+    __builtin_memset(p.dvalues, 0, size_t(p.nnz) * sizeof(T));
+    return nullptr;
+  }
   float* dy = scratch<float>(rt, 0, p.out * width);
   float* x = scratch<float>(rt, 1, p.in * width);
   float* sums = sizeof(T) == 4 ? static_cast<float*>(p.dvalues) : scratch<float>(rt, 2, p.nnz);
   if (!dy || !x || !sums) return kOutOfMemory;
   bool ok = true;
-  if (p.rows == 0) __builtin_memset(sums, 0, size_t(p.nnz) * 4);
   for (int64_t first = 0; ok && first < p.rows; first += width) {
     const int64_t rows = min_of(width, p.rows - first), vectors = ceil_div(rows, W);
     const Panels panel(rows, width, 0);

@@ -175,7 +175,7 @@ inline void few_columns(const NmGradInputParams& p, const float* dy, T* dx, int6
 template <class T>
 const char* nm_grad_input_few(const NmGradInputParams& p, const Runtime& rt) {
   constexpr int R = W == 16 ? 4 : 2;
-  float* dy = scratch<float>(rt, 0, p.rows * p.out);
+  float* dy = scratch<float>(rt, 0, p.rows * p.out + W);
   if (!dy) return kOutOfMemory;
   for (int64_t r = 0; r < p.rows; r++)
     for (int64_t o = 0; o < p.out; o++) dy[r * p.out + o] = to_float(static_cast<const T*>(p.dy)[r * p.dy_stride + o]);
@@ -193,7 +193,7 @@ const char* nm_grad_input_few(const NmGradInputParams& p, const Runtime& rt) {
 const char* nm_grad_input(const NmGradInputParams& p, const Runtime& rt) {
   return with_type(p.type, [&](auto t) {
     using T = decltype(t);
-    return p.rows <= kFewGradRows ? nm_grad_input_few<T>(p, rt) : nm_grad_input_many<T>(p, rt);
+    return p.rows <= kFewGradRows || p.out == 0 ? nm_grad_input_few<T>(p, rt) : nm_grad_input_many<T>(p, rt);
   });
 }
 
@@ -227,6 +227,10 @@ inline void nm_dot_block(const NmGradValuesParams& p, const float* dy, const flo
 template <class T>
 const char* nm_grad_values(const NmGradValuesParams& p, const Runtime& rt) {
   const int64_t width = min_of(kDotRows, round_up(p.rows, W)), half = p.in / 2;
+  if (p.rows == 0) {
+    __builtin_memset(p.dvalues, 0, size_t(p.out * half) * sizeof(T));
+    return nullptr;
+  }
   float* dy = scratch<float>(rt, 0, p.out * width);
   float* x = scratch<float>(rt, 1, p.in * width);
   float* sums = sizeof(T) == 4 ? static_cast<float*>(p.dvalues) : scratch<float>(rt, 2, p.out * half);
@@ -255,7 +259,7 @@ const char* nm_grad_values(const NmGradValuesParams& p, const Runtime& rt) {
 // ---- dbias ----
 template <class T>
 const char* column_sum(const ColumnSumParams& p, const Runtime& rt) {
-  parallel_for(rt, ceil_div(p.out, W), max_of<int64_t>(1, 8192 / p.rows), [&](int64_t begin, int64_t end) {
+  parallel_for(rt, ceil_div(p.out, W), 8192 / (p.rows + 1) + 1, [&](int64_t begin, int64_t end) {
     for (int64_t o = begin * W; o < min_of(end * W, p.out); o += W) {
       const int64_t n = min_of<int64_t>(W, p.out - o);
       VF total = {};

@@ -156,7 +156,7 @@ inline void nm_dots(const NmForwardParams& p, const float* x, int64_t padded, in
 template <class T>
 const char* nm_few_rows(const NmForwardParams& p, const Runtime& rt) {
   const int64_t padded = round_up(p.in, 2 * W);
-  float* x = scratch<float>(rt, 0, kFewRows * padded);
+  float* x = scratch<float>(rt, 0, round_up(p.rows, 8) * padded + W);
   if (!x) return kOutOfMemory;
   for (int64_t r = 0; r < round_up(p.rows, 8); r++)
     for (int64_t k = 0; k < padded; k += W) {
@@ -186,7 +186,7 @@ const char* nm_few_rows(const NmForwardParams& p, const Runtime& rt) {
 const char* nm_forward(const NmForwardParams& p, const Runtime& rt) {
   return with_type(p.type, [&](auto t) {
     using T = decltype(t);
-    return p.rows <= kFewRows ? nm_few_rows<T>(p, rt) : nm_many_rows<T>(p, rt);
+    return p.rows <= kFewRows || p.in == 0 ? nm_few_rows<T>(p, rt) : nm_many_rows<T>(p, rt);
   });
 }
 
