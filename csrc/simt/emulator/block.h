@@ -115,6 +115,7 @@ struct Block {
   unsigned char* smem;
   size_t smem_bytes;
   Random random;
+  int favoured_warp = -1;  // see random_ready()
   std::string error;
   Context scheduler;
   std::vector<Fiber*> fibers;

@@ -57,18 +57,18 @@ SIMT_DEVICE void bulk_commit() {
   rt::bulk_commit();
 }
 template <int N>
-void bulk_wait_read() {
+SIMT_DEVICE void bulk_wait_read() {
   rt::bulk_wait_read(N);
 }
 SIMT_DEVICE void prefetch_tensor_map(const TensorMap*) {}
 
 template <int Registers>
-void reg_dealloc(SIMT_AT) {
+SIMT_DEVICE void reg_dealloc(SIMT_AT) {
   static_assert(Registers % 8 == 0 && Registers >= 24 && Registers <= 256, "setmaxnreg: 24 to 256 in steps of 8");
   rt::set_max_reg(Registers, false, SIMT_SITE);
 }
 template <int Registers>
-void reg_alloc(SIMT_AT) {
+SIMT_DEVICE void reg_alloc(SIMT_AT) {
   static_assert(Registers % 8 == 0 && Registers >= 24 && Registers <= 256, "setmaxnreg: 24 to 256 in steps of 8");
   rt::set_max_reg(Registers, true, SIMT_SITE);
 }
@@ -80,17 +80,17 @@ SIMT_DEVICE void wgmma_commit(SIMT_AT) {
   rt::wgmma_commit(SIMT_SITE);
 }
 template <int N, int M>
-void wgmma_wait(float (&)[M], SIMT_AT) {
+SIMT_DEVICE void wgmma_wait(float (&)[M], SIMT_AT) {
   rt::wgmma_wait(N, SIMT_SITE);
 }
 template <class T, int N, int TransB, int TransA = 0>
-void wgmma_ss(float (&d)[N / 2], uint64_t desc_a, uint64_t desc_b, bool accumulate, SIMT_AT) {
+SIMT_DEVICE void wgmma_ss(float (&d)[N / 2], uint64_t desc_a, uint64_t desc_b, bool accumulate, SIMT_AT) {
   static_assert(N % 8 == 0 && N >= 8 && N <= 256, "wgmma: N is 8 to 256 in steps of 8");
   rt::wgmma({N, false, TransA != 0, TransB != 0, is_same_v<T, bf16>}, d, nullptr, desc_a, desc_b, accumulate,
             SIMT_SITE);
 }
 template <class T, int N, int TransB>
-void wgmma_rs(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t desc_b, bool accumulate, SIMT_AT) {
+SIMT_DEVICE void wgmma_rs(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t desc_b, bool accumulate, SIMT_AT) {
   static_assert(N % 8 == 0 && N >= 8 && N <= 256, "wgmma: N is 8 to 256 in steps of 8");
   rt::wgmma({N, true, false, TransB != 0, is_same_v<T, bf16>}, d, a, 0, desc_b, accumulate, SIMT_SITE);
 }

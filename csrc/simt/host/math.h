@@ -50,15 +50,15 @@ SIMT_DEVICE float to_f32(fp16 v) {
   return rt::fp16_to_f32(v.bits);
 }
 template <class T>
-T from_f32(float v) {
+SIMT_DEVICE T from_f32(float v) {
   return T{is_same_v<T, bf16> ? rt::f32_to_bf16(v) : rt::f32_to_fp16(v)};
 }
 template <class T>
-uint32_t pack2(float lo, float hi) {
+SIMT_DEVICE uint32_t pack2(float lo, float hi) {
   return from_f32<T>(lo).bits | static_cast<uint32_t>(from_f32<T>(hi).bits) << 16;
 }
 template <class T>
-float2 unpack2(uint32_t v) {
+SIMT_DEVICE float2 unpack2(uint32_t v) {
   return {to_f32(T{static_cast<uint16_t>(v)}), to_f32(T{static_cast<uint16_t>(v >> 16)})};
 }
 SIMT_DEVICE uint32_t to_tf32(float v) {
@@ -68,18 +68,18 @@ SIMT_DEVICE uint32_t to_tf32(float v) {
 }
 
 template <class T = fp16>
-uint32_t hfma2(uint32_t a, uint32_t b, uint32_t c) {
+SIMT_DEVICE uint32_t hfma2(uint32_t a, uint32_t b, uint32_t c) {
   const auto fma = is_same_v<T, bf16> ? rt::fma_bf16 : rt::fma_fp16;
   const auto lo = [](uint32_t v) { return static_cast<uint16_t>(v); };
   const auto hi = [](uint32_t v) { return static_cast<uint16_t>(v >> 16); };
   return fma(lo(a), lo(b), lo(c)) | static_cast<uint32_t>(fma(hi(a), hi(b), hi(c))) << 16;
 }
 template <class T = fp16>
-uint32_t hmul2(uint32_t a, uint32_t b) {
+SIMT_DEVICE uint32_t hmul2(uint32_t a, uint32_t b) {
   return hfma2<T>(a, b, 0x80008000u);
 }
 template <class T = fp16>
-uint32_t hadd2(uint32_t a, uint32_t b) {
+SIMT_DEVICE uint32_t hadd2(uint32_t a, uint32_t b) {
   return hfma2<T>(a, is_same_v<T, bf16> ? 0x3f803f80u : 0x3c003c00u, b);
 }
 SIMT_DEVICE uint32_t hneg2(uint32_t a) {
@@ -120,7 +120,7 @@ SIMT_DEVICE uint32_t prmt(uint32_t a, uint32_t b, uint32_t selector) {
   return r;
 }
 template <int Table>
-uint32_t lop3(uint32_t a, uint32_t b, uint32_t c) {
+SIMT_DEVICE uint32_t lop3(uint32_t a, uint32_t b, uint32_t c) {
   uint32_t r = 0;
   for (int i = 0; i < 8; i++) {
     if (Table >> i & 1) r |= (i & 4 ? a : ~a) & (i & 2 ? b : ~b) & (i & 1 ? c : ~c);

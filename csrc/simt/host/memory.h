@@ -16,12 +16,12 @@ inline void check_aligned(const char* what, const void* p, int bytes, Site at) {
   if (reinterpret_cast<uintptr_t>(p) % bytes) misaligned(what, p, bytes, at);
 }
 template <class V>
-V load(const char* what, const void* p, Site at) {
+SIMT_DEVICE V load(const char* what, const void* p, Site at) {
   check_aligned(what, p, sizeof(V), at);
   return *static_cast<const V*>(p);
 }
 template <class V>
-void store(const char* what, void* p, V v, Site at) {
+SIMT_DEVICE void store(const char* what, void* p, V v, Site at) {
   check_aligned(what, p, sizeof(V), at);
   *static_cast<V*>(p) = v;
 }
@@ -122,7 +122,7 @@ SIMT_DEVICE void cp_async_commit() {
   rt::cp_async_commit();
 }
 template <int N>
-void cp_async_wait() {
+SIMT_DEVICE void cp_async_wait() {
   rt::cp_async_wait(N);
 }
 

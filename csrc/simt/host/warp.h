@@ -114,21 +114,21 @@ void match_any_op(void** args, uint32_t mask, Site);  // args: VoteArgs<uint32_t
 }  // namespace rt
 
 template <class T>
-T shfl(T v, int lane, uint32_t mask = kFullMask, SIMT_AT) {
+SIMT_DEVICE T shfl(T v, int lane, uint32_t mask = kFullMask, SIMT_AT) {
   return rt::shuffle(v, lane & 31, mask, SIMT_SITE);
 }
 template <class T>
-T shfl_xor(T v, int lane_mask, uint32_t mask = kFullMask, SIMT_AT) {
+SIMT_DEVICE T shfl_xor(T v, int lane_mask, uint32_t mask = kFullMask, SIMT_AT) {
   const int source = lane_id() ^ lane_mask;
   return rt::shuffle(v, source < kWarp ? source : lane_id(), mask, SIMT_SITE);
 }
 template <class T>
-T shfl_up(T v, int delta, uint32_t mask = kFullMask, SIMT_AT) {
+SIMT_DEVICE T shfl_up(T v, int delta, uint32_t mask = kFullMask, SIMT_AT) {
   const int source = lane_id() - delta;
   return rt::shuffle(v, source >= 0 ? source : lane_id(), mask, SIMT_SITE);
 }
 template <class T>
-T shfl_down(T v, int delta, uint32_t mask = kFullMask, SIMT_AT) {
+SIMT_DEVICE T shfl_down(T v, int delta, uint32_t mask = kFullMask, SIMT_AT) {
   const int source = lane_id() + delta;
   return rt::shuffle(v, source < kWarp ? source : lane_id(), mask, SIMT_SITE);
 }
@@ -149,15 +149,15 @@ SIMT_DEVICE uint32_t match_any(uint32_t v, uint32_t mask = kFullMask, SIMT_AT) {
 }
 
 template <class Int>
-Int redux_add(Int v, uint32_t mask = kFullMask, SIMT_AT) {
+SIMT_DEVICE Int redux_add(Int v, uint32_t mask = kFullMask, SIMT_AT) {
   return rt::vote<Int, rt::FoldAdd<Int>>(v, mask, "redux_add", SIMT_SITE);
 }
 template <class Int>
-Int redux_min(Int v, uint32_t mask = kFullMask, SIMT_AT) {
+SIMT_DEVICE Int redux_min(Int v, uint32_t mask = kFullMask, SIMT_AT) {
   return rt::vote<Int, rt::FoldMin<Int>>(v, mask, "redux_min", SIMT_SITE);
 }
 template <class Int>
-Int redux_max(Int v, uint32_t mask = kFullMask, SIMT_AT) {
+SIMT_DEVICE Int redux_max(Int v, uint32_t mask = kFullMask, SIMT_AT) {
   return rt::vote<Int, rt::FoldMax<Int>>(v, mask, "redux_max", SIMT_SITE);
 }
 
