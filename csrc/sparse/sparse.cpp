@@ -77,7 +77,7 @@ bool legal_nibbles(const uint8_t* p, int64_t count) {
     __builtin_memcpy(&m, p + i, 8);
     ok &= ((m >> 2 & kLow) | kFours) - (m & kLow) - kOnes;
   }
-  for (; i < count; i++) ok &= ((p[i] >> 2 & 0x33u) | 0x44u) - (p[i] & 0x33u) - 0x11u | ~uint64_t{0xff};
+  for (; i < count; i++) ok &= (((p[i] >> 2 & 0x33u) | 0x44u) - (p[i] & 0x33u) - 0x11u) | ~uint64_t{0xff};
   return (ok & kFours) == kFours;
 }
 
