@@ -4,24 +4,27 @@ import tilewise as tw
 import torch
 from harness.mutations import Mutation
 
-FORWARD, BACKWARD = "sparse/cuda/nm_forward.h", "sparse/cuda/nm_backward.h"
-TILES = "sparse/cuda/tiles.h"
-LANDED = "      sync_block();  // tile t has landed, and nobody reads tile t - 1 any more\n"
+FORWARD, BACKWARD, TILES = (f"sparse/cuda/{name}.h" for name in ("nm_forward", "nm_backward", "tiles"))
+STAGE_BARRIER = "      sync_block();  // tile t has landed, and nobody reads tile t - 1 any more\n"
+OUTPUT_BARRIER = "    sync_block();  // the output tile takes the place of the stages\n"
+DX_BARRIER = "      sync_block();  // tile t is complete, and nobody reads tile t - 1 any more\n"
+DX_TAIL = "if (o >= p.out || k >= p.in) return piece;"
+EXCHANGE = "{shfl_xor(mine[0], 1), shfl_xor(mine[1], 1)}"
 
 MUTATIONS = [
     Mutation("stage_not_awaited", FORWARD, "      cp_async_wait<kStages - 2>();\n", "", "race"),
-    Mutation("stage_barrier_missing", FORWARD, LANDED, "", "race"),
-    Mutation("output_over_stages", FORWARD, "    sync_block();  // the output tile takes the place of the stages\n", "", "race"),
+    Mutation("stage_barrier_missing", FORWARD, STAGE_BARRIER, "", "race"),
+    Mutation("output_over_stages", FORWARD, OUTPUT_BARRIER, "", "race"),
     Mutation("metadata_halves_swapped", FORWARD, "row + g) * 8 + 2 * t) |", "row + g) * 8 + 2 * (t ^ 1)) |", "plain"),
     Mutation("second_half_repeats_the_first", FORWARD, "4 * Step + lane_id() / 8", "lane_id() / 8", "plain"),
     Mutation("out_of_range_rows_loaded", TILES, "row < rows && c * 8 < cols", "c * 8 < cols", "race"),
     Mutation("illegal_nibble_kept", TILES, "return (m & ~((illegal >> 2) * 15)) | illegal;", "return m;", "plain"),
-    Mutation("dx_tile_barrier_missing", BACKWARD, "      sync_block();  // tile t is complete, and nobody reads tile t - 1 any more\n", "", "race"),
+    Mutation("dx_tile_barrier_missing", BACKWARD, DX_BARRIER, "", "race"),
     Mutation("dx_positions_swapped", BACKWARD, "<< 16 * kept.first |", "<< 16 * kept.second |", "plain"),
-    Mutation("dx_tail_outputs", BACKWARD, "if (o >= p.out || k >= p.in) return piece;", "if (k >= p.in) return piece;", "race"),
-    Mutation("dvalues_stage_barrier_missing", BACKWARD, LANDED, "", "race"),
-    Mutation("dvalues_pair_not_exchanged", BACKWARD, "{shfl_xor(mine[0], 1), shfl_xor(mine[1], 1)}", "{mine[0], mine[1]}", "plain"),
-]  # fmt: skip
+    Mutation("dx_tail_outputs", BACKWARD, DX_TAIL, "if (k >= p.in) return piece;", "race"),
+    Mutation("dvalues_stage_barrier_missing", BACKWARD, STAGE_BARRIER, "", "race"),
+    Mutation("dvalues_pair_not_exchanged", BACKWARD, EXCHANGE, "{mine[0], mine[1]}", "plain"),
+]
 
 
 def check():
