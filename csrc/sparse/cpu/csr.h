@@ -91,7 +91,7 @@ template <class T, int V>
 const char* csr_many_rows(const CsrForwardParams& p, const Runtime& rt) {
   constexpr int64_t kWidth = V * W;
   const CsrTiles tiles(p.tiling, p.out, p.in);
-  const Panels panels(p.rows, kWidth, p.in);
+  const Panels panels(rt, p.rows, kWidth, p.in, tiles.blocks);
   float* packed = scratch<float>(rt, 0, panels.per_chunk * p.in * kWidth + W);
   const CsrEntries entries = {scratch<float>(rt, 1, p.nnz + W), scratch<uint32_t>(rt, 2, p.nnz + W)};
   if (!packed || !entries.values || !entries.offsets) return kOutOfMemory;
@@ -115,7 +115,6 @@ const char* csr_many_rows(const CsrForwardParams& p, const Runtime& rt) {
 }
 
 // ---- few rows: a dot product per output, x gathered by column ----
-constexpr int64_t kFewCsrRows = 8;
 
 TILEWISE_INLINE VF gather(const float* p, VI at) {
 #if defined(__AVX512F__)
@@ -196,7 +195,7 @@ const char* csr_grad_values(const CsrGradValuesParams& p, const Runtime& rt) {
   bool ok = true;
   for (int64_t first = 0; ok && first < p.rows; first += width) {
     const int64_t rows = min_of(width, p.rows - first), vectors = ceil_div(rows, W);
-    const Panels panel(rows, width, 0);
+    const Panels panel(rt, rows, width, 0, 1);
     pack_panels(rt, panel, dy, static_cast<const T*>(p.dy) + first * p.dy_stride, p.dy_stride, p.out, 0);
     pack_panels(rt, panel, x, static_cast<const T*>(p.x) + first * p.x_stride, p.x_stride, p.in, 0);
     ok = for_each_record(rt, tiles, [&](int64_t t, const CsrRecord& r) {

@@ -13,6 +13,7 @@ constexpr int kGroupVectors = W == 16 ? 4 : 2;
 constexpr int64_t kGroupWidth = kGroupVectors * W;
 constexpr int64_t kOutBlock = 128;  // outputs per pass: their lines of dy^T take 32 KB
 constexpr int kPatterns = 6;
+constexpr int64_t kPlanBytes = 4 << 20;
 
 struct PatternWeight {
   float first, second;
@@ -92,27 +93,33 @@ inline void add_group(float* dx, const GroupPlan& plan, const float* lines, bool
 
 template <class T>
 const char* nm_grad_input_many(const NmGradInputParams& p, const Runtime& rt) {
-  const Panels panels(p.rows, kGroupWidth, max_of(p.in, p.out));
-  const int64_t groups = p.in / 4, chunk = panels.per_chunk;
+  const int64_t groups = p.in / 4, slices = ceil_div(groups, kGroupSlice), blocks = ceil_div(p.out, kOutBlock);
+  // Plans that fit are kept for all chunks; the others are made anew for each, so the chunks had better be large.
+  const bool keep = blocks * groups * int64_t(sizeof(GroupPlan)) <= kPlanBytes;
+  const Panels panels(rt, p.rows, kGroupWidth, max_of(p.in, p.out), slices, keep ? kHotBytes / 2 : kLargeBytes);
+  const int64_t chunk = panels.per_chunk;
   float* dy = scratch<float>(rt, 0, chunk * p.out * kGroupWidth);  // [panel, out, width]
   float* dx = scratch<float>(rt, 1, chunk * p.in * kGroupWidth);   // [panel, in, width]
-  GroupPlan* plans = scratch<GroupPlan>(rt, 2, groups);
+  GroupPlan* plans = scratch<GroupPlan>(rt, 2, keep ? blocks * groups : groups);
   if (!dy || !dx || !plans) return kOutOfMemory;
-  const int64_t slices = ceil_div(groups, kGroupSlice);
   for (int64_t first = 0; first < p.rows; first += chunk * kGroupWidth) {
     pack_panels(rt, panels, dy, static_cast<const T*>(p.dy), p.dy_stride, p.out, first);
     const int64_t count = panels.in_chunk(first);
-    for (int64_t o = 0; o < p.out; o += kOutBlock) {
-      parallel_for(rt, slices, 1, [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; i++)
-          sort_groups<T>(p, plans, o, i * kGroupSlice, min_of(kGroupSlice, groups - i * kGroupSlice));
-      });
+    for (int64_t block = 0; block < blocks; block++) {
+      const int64_t o = block * kOutBlock;
+      GroupPlan* plan = plans + (keep ? block * groups : 0);
+      if (first == 0 || !keep) {
+        parallel_for(rt, slices, 1, [&](int64_t begin, int64_t end) {
+          for (int64_t i = begin; i < end; i++)
+            sort_groups<T>(p, plan, o, i * kGroupSlice, min_of(kGroupSlice, groups - i * kGroupSlice));
+        });
+      }
       parallel_for(rt, count * slices, 1, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; i++) {
           const int64_t panel = i / slices, g0 = i % slices * kGroupSlice;
           const float* lines = dy + (panel * p.out + o) * kGroupWidth;
           for (int64_t g = g0; g < min_of(groups, g0 + kGroupSlice); g++)
-            add_group(dx + (panel * p.in + 4 * g) * kGroupWidth, plans[g], lines, o == 0);
+            add_group(dx + (panel * p.in + 4 * g) * kGroupWidth, plan[g], lines, o == 0);
         }
       });
     }
@@ -237,7 +244,7 @@ const char* nm_grad_values(const NmGradValuesParams& p, const Runtime& rt) {
   if (!dy || !x || !sums) return kOutOfMemory;
   for (int64_t first = 0; first < p.rows; first += width) {
     const int64_t rows = min_of(width, p.rows - first), vectors = ceil_div(rows, W);
-    const Panels panel(rows, width, 0);
+    const Panels panel(rt, rows, width, 0, 1);
     pack_panels(rt, panel, dy, static_cast<const T*>(p.dy) + first * p.dy_stride, p.dy_stride, p.out, 0);
     pack_panels(rt, panel, x, static_cast<const T*>(p.x) + first * p.x_stride, p.x_stride, p.in, 0);
     parallel_for(rt, ceil_div(p.out, kDotBlock), 1, [&](int64_t begin, int64_t end) {

@@ -77,10 +77,10 @@ inline void nm_panel(const NmForwardParams& p, const float* panel, float* sums, 
 
 template <class T>
 const char* nm_many_rows(const NmForwardParams& p, const Runtime& rt) {
-  const Panels panels(p.rows, kPanelWidth, p.in);
+  const int64_t blocks = ceil_div(p.out, kRowBlock);
+  const Panels panels(rt, p.rows, kPanelWidth, p.in, blocks);
   float* packed = scratch<float>(rt, 0, panels.per_chunk * p.in * kPanelWidth);
   if (!packed) return kOutOfMemory;
-  const int64_t blocks = ceil_div(p.out, kRowBlock);
   bool exhausted = false;
   for (int64_t first = 0; first < p.rows; first += panels.per_chunk * kPanelWidth) {
     pack_panels(rt, panels, packed, static_cast<const T*>(p.x), p.x_stride, p.in, first);
