@@ -1,0 +1,208 @@
+// Sweeps over a whole block: the first pass from real samples, the last pass to real results, and the nodes between.
+//
+// Scratch layout of N complex points: vectors of W reals and W imaginaries; the first pass's blocks stand kBlockPadding
+// floats apart, so that power-of-two strides do not share L1 sets.
+#pragma once
+#include "fft_conv/cpu/leaf.h"
+#include "fft_conv/cpu/signal.h"
+
+namespace tilewise {
+namespace {
+
+constexpr int64_t kBlockPadding = 32;    // floats
+constexpr int64_t kBufferPadding = 480;  // floats between buffers, for the same reason
+
+TILEWISE_INLINE int64_t block_size(const Plan& plan) {
+  return plan.size / plan.first_radix;
+}
+TILEWISE_INLINE int64_t block_stride(const Plan& plan) {  // floats
+  return 2 * block_size(plan) + kBlockPadding;
+}
+inline int64_t buffer_size(const Plan& plan) {  // floats
+  return 2 * plan.size + plan.first_radix * kBlockPadding + kBufferPadding;
+}
+
+// Calls f(Int<R>) for a radix known only at run time.
+template <class F>
+inline void with_radix(int radix, const F& f) {
+  switch (radix) {
+    case 1: return f(Int<1>{});
+    case 2: return f(Int<2>{});
+    case 3: return f(Int<3>{});
+    case 4: return f(Int<4>{});
+    case 5: return f(Int<5>{});
+    case 6: return f(Int<6>{});
+    case 7: return f(Int<7>{});
+    default: return f(Int<8>{});
+  }
+}
+template <class F>
+inline void with_node_radix(int radix, const F& f) {
+  switch (radix) {
+    case 2: return f(Int<2>{});
+    case 4: return f(Int<4>{});
+    default: return f(Int<8>{});
+  }
+}
+
+// One node over `size` points: R vectors m = size / R points apart at a time.
+template <int R, bool kInverse>
+inline void node_pass(float* x, int64_t m, const float* w) {
+  for (int64_t j = 0; j < m; j += W) {
+    Complex t[R];
+    unroll<R>([&](auto s) TILEWISE_LAMBDA { t[s] = load_complex(x + 2 * (s * m + j)); });
+    if constexpr (kInverse)
+      merge<R>(t, Scalars{w});
+    else
+      split<R>(t, Scalars{w});
+    unroll<R>([&](auto s) TILEWISE_LAMBDA { store_complex(x + 2 * (s * m + j), t[s]); });
+  }
+}
+template <bool kInverse>
+inline void node_pass(int radix, float* x, int64_t m, const float* w) {
+  with_node_radix(radix, [&](auto r) { node_pass<r, kInverse>(x, m, w); });
+}
+
+constexpr bool power_of_two(int n) {
+  return (n & (n - 1)) == 0;
+}
+
+// R real vectors to the R residues at the roots of x^R = i.
+template <int R>
+TILEWISE_INLINE void split_real(const Plan& plan, const VF* a, Complex* t) {
+  if constexpr (R == 1) {
+    t[0] = {a[0], set1(0.f)};
+  } else if constexpr (power_of_two(R)) {  // the first level multiplies reals, the others are as in split()
+    const Scalars w{plan.first_node};
+    const Complex top = w[R / 2 - 1];
+    unroll<R / 2>([&](auto s) TILEWISE_LAMBDA {
+      const VF re = a[s + R / 2] * top.re, im = a[s + R / 2] * top.im;
+      t[s] = {a[s] + re, im};
+      t[s + R / 2] = {a[s] - re, -im};
+    });
+    if constexpr (R == 8) {
+      unroll<2>([&](auto j) TILEWISE_LAMBDA { butterfly(t[j], t[j + 2], w[1]); });
+      unroll<2>([&](auto j) TILEWISE_LAMBDA { butterfly_i(t[j + 4], t[j + 6], w[1]); });
+      butterfly(t[4], t[5], w[7]);
+      butterfly_i(t[6], t[7], w[7]);
+    }
+    if constexpr (R >= 4) {
+      butterfly(t[0], t[1], w[0]);
+      butterfly_i(t[2], t[3], w[0]);
+    }
+  } else {
+    unroll<R>([&](auto c) TILEWISE_LAMBDA {
+      const Scalars powers{plan.first_powers + 2 * R * c};
+      t[c] = {a[0], set1(0.f)};
+      unroll<R - 1>([&](auto s) TILEWISE_LAMBDA {
+        const Complex w = powers[s + 1];
+        t[c] = {t[c].re + a[s + 1] * w.re, t[c].im + a[s + 1] * w.im};
+      });
+    });
+  }
+}
+
+// The inverse. Only the real parts, unless kComplex.
+template <int R, bool kComplex>
+TILEWISE_INLINE void merge_real(const Plan& plan, Complex* t) {
+  if constexpr (R == 1) return;
+  if constexpr (power_of_two(R)) {
+    const Scalars w{plan.first_node};
+    merge_untwisted<R>(t);
+    unroll<R - 1>([&](auto s) TILEWISE_LAMBDA {
+      const Complex turned = mul_conj(t[s + 1], w[s]);
+      t[s + 1].re = turned.re;
+      if constexpr (kComplex) t[s + 1].im = turned.im;
+    });
+  } else {
+    Complex sums[R];
+    unroll<R>([&](auto s) TILEWISE_LAMBDA {
+      sums[s] = {set1(0.f), set1(0.f)};
+      unroll<R>([&](auto c) TILEWISE_LAMBDA {
+        const Complex w = Scalars{plan.first_powers + 2 * R * c}[s];
+        sums[s].re += t[c].re * w.re + t[c].im * w.im;
+        if constexpr (kComplex) sums[s].im += t[c].im * w.re - t[c].re * w.im;
+      });
+    });
+    unroll<R>([&](auto s) TILEWISE_LAMBDA { t[s] = sums[s]; });
+  }
+}
+
+// Positions from which on some of the first pass's R vectors reach beyond the row.
+inline int64_t full_positions(int64_t length, int radix, int64_t m) {
+  const int64_t full = length - (radix - 1) * m;
+  return full <= 0 ? 0 : min_of(full / W * W, m);
+}
+
+template <int R, class T>
+inline void first_pass(const Plan& plan, const Signal<T>& in, float* x) {
+  const int64_t m = block_size(plan), stride = block_stride(plan);
+  const int64_t full = full_positions(in.length, R, m);
+  const auto position = [&](int64_t j, const auto& load_at) TILEWISE_LAMBDA {
+    VF a[R];
+    Complex t[R];
+    unroll<R>([&](auto s) TILEWISE_LAMBDA { a[s] = load_at(s * m + j); });
+    split_real<R>(plan, a, t);
+    unroll<R>([&](auto s) TILEWISE_LAMBDA { store_complex(x + s * stride + 2 * j, t[s]); });
+  };
+  int64_t j = 0;
+  for (; j < full; j += W) position(j, [&](int64_t i) TILEWISE_LAMBDA { return in.full(i); });
+  for (; j < m; j += W) position(j, [&](int64_t i) TILEWISE_LAMBDA { return in.clipped(i); });
+}
+template <class T>
+inline void first_pass(const Plan& plan, const Signal<T>& in, float* x) {
+  with_radix(plan.first_radix, [&](auto r) { first_pass<r>(plan, in, x); });
+}
+
+template <int R, class T>
+inline void last_pass(const Plan& plan, const float* x, const Sink<T>& out) {
+  const int64_t m = block_size(plan), stride = block_stride(plan);
+  const int64_t full = full_positions(out.length, R, m);
+  const auto position = [&](int64_t j, const auto& store_at) TILEWISE_LAMBDA {
+    Complex t[R];
+    unroll<R>([&](auto s) TILEWISE_LAMBDA { t[s] = load_complex(x + s * stride + 2 * j); });
+    merge_real<R, false>(plan, t);
+    unroll<R>([&](auto s) TILEWISE_LAMBDA { store_at(s * m + j, t[s].re); });
+  };
+  int64_t j = 0;
+  for (; j < full; j += W) position(j, [&](int64_t i, VF v) TILEWISE_LAMBDA { out.full(i, v); });
+  for (; j < m; j += W) position(j, [&](int64_t i, VF v) TILEWISE_LAMBDA { out.clipped(i, v); });
+}
+
+// Both parts, planar: z[0, N) real, z[N, 2N) imaginary.
+template <int R>
+inline void last_pass_complex(const Plan& plan, const float* x, float* z) {
+  const int64_t m = block_size(plan), stride = block_stride(plan);
+  for (int64_t j = 0; j < m; j += W) {
+    Complex t[R];
+    unroll<R>([&](auto s) TILEWISE_LAMBDA { t[s] = load_complex(x + s * stride + 2 * j); });
+    merge_real<R, true>(plan, t);
+    unroll<R>([&](auto s) TILEWISE_LAMBDA {
+      store(z + s * m + j, t[s].re);
+      store(z + plan.size + s * m + j, t[s].im);
+    });
+  }
+}
+
+// What a spectrum is the product of decides where its other half stands (plan.h).
+enum class Wrap {
+  none,         // causal: the real part
+  convolution,  // circular: z[l] + z[l + L]
+  correlation,  // circular: z[l] - z[2N - L + l]
+};
+
+template <class T>
+inline void last_pass(const Plan& plan, const float* x, const Sink<T>& out, Wrap wrap, int64_t period, float* z) {
+  if (wrap == Wrap::none) return with_radix(plan.first_radix, [&](auto r) { last_pass<r>(plan, x, out); });
+  with_radix(plan.first_radix, [&](auto r) { last_pass_complex<r>(plan, x, z); });
+  const bool added = wrap == Wrap::convolution;
+  const float* other = added ? z + period : z + 2 * plan.size - period;
+  const VF sign = set1(added ? 1.f : -1.f);
+  for (int64_t i = 0; i < out.length; i += W) {
+    const VF v = load(z + i) + sign * load(other + i);  // z has a vector of padding
+    out.clipped(i, v);
+  }
+}
+
+}  // namespace
+}  // namespace tilewise
