@@ -19,15 +19,23 @@ MUTATIONS = [
     Mutation("causal_too_short", MASK, "min_of(k_len, query + shift() + 1)", "min_of(k_len, query + shift())", "plain"),
     Mutation("heads_mixed", FORWARD, "head / (p.q_heads / p.kv_heads)", "head % p.kv_heads", "plain"),
     Mutation("not_rescaled", SOFTMAX, "    if (outgrown) raise(top, acc);\n", "", "plain"),
-    Mutation("lse_in_base_2", SOFTMAX, "(max[i][h] + log2_approx(total)) * kLn2", "max[i][h] + log2_approx(total)", "plain"),
+    Mutation(
+        "lse_in_base_2", SOFTMAX, "(max[i][h] + log2_approx(total)) * kLn2", "max[i][h] + log2_approx(total)", "plain"
+    ),
     Mutation("fragment_swapped", TILE, "= pack2<T>(x[2], x[3])", "= pack2<T>(x[3], x[2])", "plain"),
-    Mutation("staging_not_synchronised", TILE, "  sync_warp();\n  constexpr int kChunks", "  constexpr int kChunks", "race"),
+    Mutation(
+        "staging_not_synchronised", TILE, "  sync_warp();\n  constexpr int kChunks", "  constexpr int kChunks", "race"
+    ),
     Mutation("group_head_wrong", BACKWARD, "at = {kv_head * heads, begin}", "at = {kv_head, begin}", "plain"),
     Mutation("stage_reused_early", BACKWARD, NEXT_TILE + "        sync_block();", NEXT_TILE, "race"),
     Mutation("delta_dropped", BACKWARD, "(ds[i][j][e] - d)", "ds[i][j][e]", "plain"),
     Mutation("blind_row_counted", BACKWARD, "lse == -INFINITY ? INFINITY : lse * kLog2e", "lse * kLog2e", "plain"),
     Mutation(
-        "weights_not_shared", "attention/cuda/float_tile.h", "= weights[i][j];\n  sync_warp();", "= weights[i][j];", "race"
+        "weights_not_shared",
+        "attention/cuda/float_tile.h",
+        "= weights[i][j];\n  sync_warp();",
+        "= weights[i][j];",
+        "race",
     ),
 ]
 
