@@ -92,7 +92,7 @@ def test_packed_equals_separate(device, dtype):
 
 @pytest.mark.modes
 @pytest.mark.parametrize("which", [0, 1], ids=["queries", "keys"])
-@pytest.mark.parametrize("at,value", [(2, 1000), (1, -7), (3, 2)], ids=["overrun", "negative", "falling"])
+@pytest.mark.parametrize("at,value", [(2, 1000), (1, -7), (4, 10)], ids=["overrun", "negative", "falling"])
 def test_bad_offsets(device, which, at, value):
     """Never followed. A host that may not look learns of them with its next call, and then works again."""
     (q, k, v), offsets = packed(torch.bfloat16, device)

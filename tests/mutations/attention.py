@@ -6,8 +6,10 @@ from harness.mutations import Mutation
 from tilewise.reference import attention as reference
 
 FORWARD, BACKWARD = "attention/cuda/forward.h", "attention/cuda/backward.h"
-TILE, SOFTMAX, MASK = "attention/cuda/tile.h", "attention/cuda/softmax.h", "attention/cuda/mask.h"
+TILE, FLOAT_TILE = "attention/cuda/tile.h", "attention/cuda/float_tile.h"
+SOFTMAX, MASK = "attention/cuda/softmax.h", "attention/cuda/mask.h"
 KEYS_ARRIVED = "    cp_async_wait<0>();\n    sync_block();  // the keys have arrived"
+STAGED = "  sync_warp();\n  constexpr int kChunks"
 NEXT_TILE = "        at = at.next(begin, seq.q_len);\n        cp_async_wait<0>();\n"
 
 MUTATIONS = [
