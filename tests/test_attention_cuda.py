@@ -112,13 +112,14 @@ def test_bad_offsets(device, which, at, value):
 @pytest.mark.modes
 @pytest.mark.parametrize("dtype,dim", [(torch.float16, 128), (torch.bfloat16, 64), (torch.float32, 64)], ids=str)
 def test_schedules_over_tiles(device, dtype, dim):
-    """Several tiles each way, so that every buffer is reused."""
-    if device.kind != "emulated":
-        pytest.skip("random schedules exist under emulation only")
+    """Several tiles each way, so that every buffer is reused: the same bits in every schedule, or in every run."""
     tensors = [t.requires_grad_() for t in inputs(Shape(1, 2, 1, 70, 140, dim, dim), dtype, device)]
 
     def run():
         out, lse = tw.attention(*tensors, causal=True, return_lse=True)
         return out, lse, *torch.autograd.grad(out, tensors, torch.ones_like(out))
 
-    assert_schedules_agree(run, count=4)
+    if device.kind == "emulated":
+        assert_schedules_agree(run, count=4)
+    else:
+        assert all(torch.equal(a, b) for a, b in zip(run(), run(), strict=True))
