@@ -33,11 +33,11 @@ inline void add_skip(const ForwardParams& p, int64_t h, float& skip, bool& used)
 struct Buffers {
   static constexpr int kMax = 4;
   float* transform[kMax] = {};
-  float* planar = nullptr;  // [2N] and a vector of padding
+  float* planar = nullptr;
 
   bool allocate(const Runtime& rt, const Plan& plan, int count, bool circular) {
-    const int64_t size = buffer_size(plan), planar_size = circular ? 2 * plan.size + W : 0;
-    float* memory = scratch<float>(rt, 0, count * size + planar_size);
+    const int64_t size = buffer_size(plan), extra = circular ? planar_size(plan) : 0;
+    float* memory = scratch<float>(rt, 0, count * size + extra);
     for (int i = 0; memory && i < count; i++) transform[i] = memory + i * size;
     planar = memory ? memory + count * size : nullptr;
     return memory != nullptr;
