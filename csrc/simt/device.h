@@ -57,6 +57,11 @@ SIMT_DEVICE uint32_t hneg2(uint32_t a) { uint32_t r; asm("neg.f16x2 %0, %1;" : "
 SIMT_DEVICE float to_f32(fp16 v) { float r; asm("cvt.f32.f16 %0, %1;" : "=f"(r) : "h"(v.bits)); return r; }
 SIMT_DEVICE float to_f32(bf16 v) { return __uint_as_float((uint32_t)v.bits << 16); }
 SIMT_DEVICE uint32_t prmt(uint32_t a, uint32_t b, uint32_t sel) { return __byte_perm(a, b, sel); }
+SIMT_DEVICE uint32_t f32_bits(float v) { return __float_as_uint(v); }
+SIMT_DEVICE float bits_f32(uint32_t v) { return __uint_as_float(v); }
+SIMT_DEVICE uint32_t bit_reverse(uint32_t v) { return __brev(v); }
+// (cos(pi x), sin(pi x)), accurate to 2 ulp
+SIMT_DEVICE float2 cos_sin_pi(float x) { float2 r; sincospif(x, &r.y, &r.x); return r; }
 
 // ---- memory ----
 SIMT_DEVICE uint32_t smem_addr(const void* p) { return (uint32_t)__cvta_generic_to_shared(p); }

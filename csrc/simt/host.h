@@ -126,6 +126,10 @@ SIMT_DEVICE uint32_t prmt(uint32_t a, uint32_t b, uint32_t sel) {
   for (int i = 0; i < 4; i++) r |= (uint32_t)(v >> (8 * (sel >> (4 * i) & 7)) & 255) << (8 * i);
   return r;
 }
+SIMT_DEVICE uint32_t f32_bits(float v) { uint32_t b; memcpy(&b, &v, 4); return b; }
+SIMT_DEVICE float bits_f32(uint32_t b) { float v; memcpy(&v, &b, 4); return v; }
+SIMT_DEVICE uint32_t bit_reverse(uint32_t v) { uint32_t r = 0; for (int i = 0; i < 32; i++) r |= (v >> i & 1) << (31 - i); return r; }
+SIMT_DEVICE float2 cos_sin_pi(float x) { const double a = 3.14159265358979323846 * x; return {(float)cos(a), (float)sin(a)}; }
 SIMT_DEVICE void atomic_add(float* p, float v, SIMT_AT) { rt::atomic_add_f32(p, v, SIMT_SITE); }
 
 SIMT_DEVICE uint32_t smem_addr(const void* p, SIMT_AT) { return rt::smem_addr(p, SIMT_SITE); }
