@@ -1,0 +1,210 @@
+// Filter gradient of 16-bit rows on tensor cores: dk = Re(inverse(sum over rows of G conj(U))), U and G the transforms
+// of the gated u and dy. The sum over rows stays in fp32 registers; each block (or warp) writes what its rows give.
+#pragma once
+#include "fft_conv/cuda/conv.h"
+
+namespace tilewise::fft_conv {
+
+// sum += scale G conj(U)
+SIMT_DEVICE void add_correlation(float (&sr)[4], float (&si)[4], const float (&gr)[4], const float (&gi)[4],
+                                 const float (&ur)[4], const float (&ui)[4], float scale) {
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    sr[i] += scale * (gr[i] * ur[i] + gi[i] * ui[i]);
+    si[i] += scale * (gi[i] * ur[i] - gr[i] * ui[i]);
+  }
+}
+
+// The surplus phase of the symmetric first factor cancels in G conj(U), while the inverse still takes it away: put it
+// back. Returns fp16 words of both rows of a C tile: (re, im) of e(-(k1 - 1/4) / (4 N1)) for rows g and g + 8.
+template <int N1>
+SIMT_DEVICE float2 surplus_phase(int k1) {
+  return cos_sin_pi(static_cast<float>(4 * k1 - 1) / (8 * N1));
+}
+// Scales and rotates the rows of a C tile by p[0], p[1], and packs it.
+SIMT_DEVICE void rotate_pack(uint32_t (&zr)[2], uint32_t (&zi)[2], const float (&cr)[4], const float (&ci)[4],
+                             const float2 (&p)[2]) {
+#pragma unroll
+  for (int r = 0; r < 2; r++) {
+    const float a = cr[2 * r], b = cr[2 * r + 1], c = ci[2 * r], d = ci[2 * r + 1];
+    zr[r] = pack2<fp16>(a * p[r].x - c * p[r].y, b * p[r].x - d * p[r].y);
+    zi[r] = pack2<fp16>(a * p[r].y + c * p[r].x, b * p[r].y + d * p[r].x);
+  }
+}
+
+template <int G>
+SIMT_DEVICE float max_abs_pair(const float (&re)[G][4], const float (&im)[G][4]) {
+  return fmaxf(max_abs<4>(re), max_abs<4>(im));
+}
+
+// Below 2^kSumTop the sum's inverse stays below 2^15 (see row_top).
+SIMT_DEVICE float sum_scale(float amax, int top) {
+  return scale_below(amax, top - 1);
+}
+
+// Two factors: a warp has 16 values of k1 and every kGroups-th row of the block. Every warp writes a partial result.
+template <class T, int N1, int N2>
+struct FilterGrad2 {
+  using F = TwoFactors<N1, N2>;
+  static constexpr int kWarps = 4, kThreads = 32 * kWarps, kMinArch = 800, kMinBlocks = F::n > 512 ? 2 : 4;
+  static constexpr int kGroups = kWarps / F::A, kPartials = kWarps;
+  using Params = FilterGradParams<T>;
+  struct Smem {
+    typename F::Tables tables;
+  };
+
+  SIMT_DEVICE static void run(const Params& p, Smem& s) {
+    const int m = warp_id() % F::A, head = static_cast<int>(block_idx().x);
+    copy_words<kThreads>(&s.tables, p.tables, sizeof(s.tables) / 16);
+    finish_copies();
+    const RowRange rows = rows_of_block(p);
+    float sr[F::J][4] = {}, si[F::J][4] = {};
+    for (int b = rows.begin + warp_id() / F::A; b < rows.end; b += kGroups) {
+      float ur[F::J][4], ui[F::J][4], gr[F::J][4], gi[F::J][4];
+      typename F::Operand x;
+      const float u_scale = F::load(x, p.u.row(b, head), p.u_gate.row(b, head), {p.length, p.vector});
+      F::forward(ur, ui, x, s.tables, m);
+      const float g_scale = F::load(x, p.dy.row(b, head), p.dy_gate.row(b, head), {p.length, p.vector});
+      F::forward(gr, gi, x, s.tables, m);
+#pragma unroll
+      for (int j = 0; j < F::J; j++)
+        add_correlation(sr[j], si[j], gr[j], gi[j], ur[j], ui[j], reciprocal(u_scale) * reciprocal(g_scale));
+    }
+    write(p, s, sr, si, m, head);
+  }
+
+  SIMT_DEVICE static void write(const Params& p, const Smem& s, const float (&sr)[F::J][4], const float (&si)[F::J][4],
+                                int m, int head) {
+    const int lane = lane_id(), k1 = 16 * m + (lane >> 2);
+    const float scale = sum_scale(warp_max(max_abs_pair(sr, si)), F::kTop);
+    float2 phase[2] = {surplus_phase<N1>(k1), surplus_phase<N1>(k1 + 8)};
+#pragma unroll
+    for (int r = 0; r < 2; r++) phase[r] = {phase[r].x * scale, phase[r].y * scale};
+    typename F::Fragments z;
+#pragma unroll
+    for (int j = 0; j < F::J; j++) rotate_pack(z.re[j], z.im[j], sr[j], si[j], phase);
+    const size_t partial = static_cast<size_t>(block_idx().y) * kPartials + warp_id();
+    const int parts = p.circular ? 2 : 1;
+    float* out = p.partials + (partial * grid_dim().x + head) * parts * F::n;
+#pragma unroll 1
+    for (int part = 0; part < parts; part++) {
+      typename F::Accumulators y = {};
+      F::inverse(y, z, s.tables, m);
+      write_part(out + part * F::n, y, sqrtf(static_cast<float>(F::n)) * reciprocal(scale));
+#pragma unroll
+      for (int j = 0; j < F::J; j++)  // the imaginary part is the real part of -i z
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+          const uint32_t re = z.re[j][r];
+          z.re[j][r] = z.im[j][r];
+          z.im[j][r] = hneg2(re);
+        }
+    }
+  }
+
+  SIMT_DEVICE static void write_part(float* out, typename F::Accumulators& y, float scale) {
+#pragma unroll
+    for (int group = 0; group < 2 * F::A; group++)
+#pragma unroll
+      for (int i = 0; i < 2 * F::J; i += 4) {
+        uint32_t w[4];
+#pragma unroll
+        for (int c = 0; c < 4; c++) w[c] = f32_bits(F::output(y, group, i + c) * scale);
+        store16(out + F::output_at(group, lane_id()) + i, uint4{w[0], w[1], w[2], w[3]});
+      }
+  }
+};
+
+// Three factors: one block a row. The twiddles of the largest size stay in global memory (L2), next to both exchanges.
+template <class T, int N1, int Warps, bool TwiddlesInSmem>
+struct FilterGrad3 {
+  using F = ThreeFactors<N1, Warps>;
+  static constexpr int kThreads = 32 * Warps, kMinArch = 800, kMinBlocks = N1 == 16 ? 2 : 1, kPartials = 1;
+  using Params = FilterGradParams<T>;
+  struct Smem {
+    typename F::Tables tables;
+    uint4 twiddles[TwiddlesInSmem ? N1 : 1][2][32];
+    typename F::Exchange u, g;
+    float slots[2][Warps];
+  };
+
+  SIMT_DEVICE static void run(const Params& p, Smem& s) {
+    const int head = static_cast<int>(block_idx().x);
+    copy_words<kThreads>(&s.tables, p.tables, F::kTableWords);
+    const uint4* twiddles = p.tables + F::kTableWords;
+    if constexpr (TwiddlesInSmem) {
+      copy_words<kThreads>(s.twiddles, twiddles, N1 * 64);
+      twiddles = &s.twiddles[0][0][0];
+    }
+    finish_copies();
+    const RowRange rows = rows_of_block(p);
+    typename F::Constants constants;
+    F::load_constants(constants, s.tables);
+    float sr[F::kUnits * 2][4] = {}, si[F::kUnits * 2][4] = {};
+    for (int b = rows.begin; b < rows.end; b++) {
+      typename F::Operand x;
+      const float u_scale = F::load(x, s.slots[0], p.u.row(b, head), p.u_gate.row(b, head), {p.length, p.vector});
+      F::factor1(s.u, x, s.tables);
+      const float g_scale = F::load(x, s.slots[1], p.dy.row(b, head), p.dy_gate.row(b, head), {p.length, p.vector});
+      F::factor1(s.g, x, s.tables);
+      sync_block();
+      add_row(sr, si, s, constants, twiddles, reciprocal(u_scale) * reciprocal(g_scale));
+      sync_block();
+    }
+    write(p, s, sr, si, constants, twiddles, head);
+  }
+
+  SIMT_DEVICE static void add_row(float (&sr)[F::kUnits * 2][4], float (&si)[F::kUnits * 2][4], const Smem& s,
+                                  const typename F::Constants& constants, const uint4* twiddles, float scale) {
+    const int lane = lane_id();
+#pragma unroll
+    for (int q = 0; q < F::kUnits; q++) {
+      const int k1 = q * Warps + warp_id();
+      const uint4 w[2] = {load16(twiddles + k1 * 64 + lane), load16(twiddles + k1 * 64 + 32 + lane)};
+      float ur[2][4], ui[2][4], gr[2][4], gi[2][4];
+      F::forward(ur, ui, s.u, constants, w, k1);
+      F::forward(gr, gi, s.g, constants, w, k1);
+#pragma unroll
+      for (int h = 0; h < 2; h++) add_correlation(sr[2 * q + h], si[2 * q + h], gr[h], gi[h], ur[h], ui[h], scale);
+    }
+  }
+
+  SIMT_DEVICE static void write(const Params& p, Smem& s, const float (&sr)[F::kUnits * 2][4],
+                                const float (&si)[F::kUnits * 2][4], const typename F::Constants& constants,
+                                const uint4* twiddles, int head) {
+    const int lane = lane_id();
+    const float scale = sum_scale(F::block_max(s.slots[0], max_abs_pair(sr, si)), F::kTop);
+#pragma unroll
+    for (int q = 0; q < F::kUnits; q++) {
+      const int k1 = q * Warps + warp_id();
+      const uint4 w[2] = {load16(twiddles + k1 * 64 + lane), load16(twiddles + k1 * 64 + 32 + lane)};
+      const float2 turn = surplus_phase<N1>(k1);
+      const float2 phase[2] = {{turn.x * scale, turn.y * scale}, {turn.x * scale, turn.y * scale}};
+      typename F::Fragments z;
+#pragma unroll
+      for (int h = 0; h < 2; h++) rotate_pack(z.re[h], z.im[h], sr[2 * q + h], si[2 * q + h], phase);
+      F::inverse(s.u, z, constants, w, k1);
+    }
+    sync_block();
+    const int parts = p.circular ? 2 : 1;
+    float* out = p.partials + (static_cast<size_t>(block_idx().y) * grid_dim().x + head) * parts * F::n;
+    const float back = sqrtf(static_cast<float>(F::n)) * reciprocal(scale);
+    write_part<false>(out, s, back);
+    if (p.circular) write_part<true>(out + F::n, s, back);
+  }
+
+  template <bool Imaginary>
+  SIMT_DEVICE static void write_part(float* out, const Smem& s, float scale) {
+    typename F::Accumulators y = {};
+    F::template inverse1<Imaginary>(y, s.u, s.tables);
+#pragma unroll
+    for (int group = 0; group < 4 * F::A; group++)
+#pragma unroll
+      for (int i = 0; i < F::J; i += 2) {
+        const uint2 pair = {f32_bits(F::output(y, group, i) * scale), f32_bits(F::output(y, group, i + 1) * scale)};
+        *reinterpret_cast<uint2*>(out + F::output_at(group, lane_id()) + i) = pair;
+      }
+  }
+};
+
+}  // namespace tilewise::fft_conv

@@ -1,0 +1,222 @@
+// A thread's share of a row in global memory: gated, scaled into fp16 on the way in, gated and rounded on the way out.
+#pragma once
+#include "fft_conv/cuda/kernel_params.h"
+
+namespace tilewise::fft_conv {
+
+// V consecutive 16-bit elements.
+template <int V>
+struct Words {
+  uint32_t w[V / 2];
+};
+
+template <int V>
+SIMT_DEVICE Words<V> load_vector(const void* p) {
+  Words<V> r;
+  if constexpr (V == 8) {
+    const uint4 q = load16(p);
+    r.w[0] = q.x, r.w[1] = q.y, r.w[2] = q.z, r.w[3] = q.w;
+  } else if constexpr (V == 4) {
+    const uint2 q = *static_cast<const uint2*>(p);
+    r.w[0] = q.x, r.w[1] = q.y;
+  } else {
+    r.w[0] = *static_cast<const uint32_t*>(p);
+  }
+  return r;
+}
+
+template <int V>
+SIMT_DEVICE void store_vector(void* p, const Words<V>& r) {
+  if constexpr (V == 8) {
+    store16(p, uint4{r.w[0], r.w[1], r.w[2], r.w[3]});
+  } else if constexpr (V == 4) {
+    *static_cast<uint2*>(p) = uint2{r.w[0], r.w[1]};
+  } else {
+    *static_cast<uint32_t*>(p) = r.w[0];
+  }
+}
+
+template <class T, int V>
+SIMT_DEVICE float element(const Words<V>& r, int i) {
+  return to_f32(T{static_cast<uint16_t>(r.w[i / 2] >> (16 * (i & 1)))});
+}
+
+// How far rows go and how they may be read.
+struct Extent {
+  int length;
+  bool vector;
+};
+
+// w[g] = the V elements of the row from at(g) on; zeros from the end of the row on. All loads go out before the first
+// is used: one branch, around all of them.
+template <int V, int G, class T, class At>
+SIMT_DEVICE void load_groups(Words<V> (&w)[G], const T* row, const Extent& extent, At at) {
+  if (extent.vector) {
+#pragma unroll
+    for (int g = 0; g < G; g++) {
+      w[g] = {};
+      if (at(g) < extent.length) w[g] = load_vector<V>(row + at(g));
+    }
+  } else {
+#pragma unroll
+    for (int g = 0; g < G; g++) {
+      w[g] = {};
+#pragma unroll
+      for (int i = 0; i < V; i++)
+        if (at(g) + i < extent.length) w[g].w[i / 2] |= static_cast<uint32_t>(row[at(g) + i].bits) << (16 * (i & 1));
+    }
+  }
+}
+
+template <class T, int V, class At>
+SIMT_DEVICE void store_group(const float (&v)[V], T* row, const Extent& extent, int at) {
+  Words<V> w;
+#pragma unroll
+  for (int i = 0; i < V / 2; i++) w.w[i] = pack2<T>(v[2 * i], v[2 * i + 1]);
+  if (extent.vector) {
+    if (at < extent.length) store_vector<V>(row + at, w);
+  } else {
+#pragma unroll
+    for (int i = 0; i < V; i++)
+      if (at + i < extent.length) row[at + i].bits = static_cast<uint16_t>(w.w[i / 2] >> (16 * (i & 1)));
+  }
+}
+
+// v[g][i] = row * gate; a null gate is 1.
+template <int V, int G, class T, class At>
+SIMT_DEVICE void load_gated(float (&v)[G][V], const T* row, const T* gate, const Extent& extent, At at) {
+  Words<V> w[G], q[G];
+  load_groups<V>(w, row, extent, at);
+  if (gate) load_groups<V>(q, gate, extent, at);
+#pragma unroll
+  for (int g = 0; g < G; g++)
+#pragma unroll
+    for (int i = 0; i < V; i++) v[g][i] = element<T>(w[g], i);
+  if (!gate) return;
+#pragma unroll
+  for (int g = 0; g < G; g++)
+#pragma unroll
+    for (int i = 0; i < V; i++) v[g][i] *= element<T>(q[g], i);
+}
+
+template <int V, int G>
+SIMT_DEVICE float max_abs(const float (&v)[G][V]) {
+  float m = 0.f;
+#pragma unroll
+  for (int g = 0; g < G; g++)
+#pragma unroll
+    for (int i = 0; i < V; i++) m = fmaxf(m, fabsf(v[g][i]));
+  return m;
+}
+
+// A power of two s with s * amax < 2^top, within a factor of two of it; at most 2^64, so that products of scales stay
+// finite for rows of zeros. Infinity stays infinite.
+SIMT_DEVICE float scale_below(float amax, int top) {
+  constexpr int kLargest = 127 + 64;
+  const int field = top + 253 - static_cast<int>(f32_bits(amax) >> 23);  // amax < 2^(its exponent field - 126)
+  return bits_f32(static_cast<uint32_t>(field < 1 ? 1 : field > kLargest ? kLargest : field) << 23);
+}
+// Of a power of two.
+SIMT_DEVICE float reciprocal(float s) {
+  return bits_f32((254u << 23) - f32_bits(s));
+}
+
+// Rows of n elements below 2^row_top keep every intermediate value of a unitary transform below 2^15: those are bounded
+// by the row's l2 norm.
+constexpr int row_top(int n) {
+  int half_bits = 0;
+  while ((int64_t{1} << 2 * half_bits) < n) half_bits++;
+  return 15 - half_bits;
+}
+
+// x[a][h][i] = the pair of groups 2 (2 a + h) and 2 (2 a + h) + 1 at i, in fp16: a B operand of the first factor.
+template <int A, int J>
+SIMT_DEVICE void pack_operand(uint32_t (&x)[A][2][J], const float (&v)[4 * A][J], float scale) {
+#pragma unroll
+  for (int a = 0; a < A; a++)
+#pragma unroll
+    for (int h = 0; h < 2; h++)
+#pragma unroll
+      for (int i = 0; i < J; i++)
+        x[a][h][i] = pack2<fp16>(v[4 * a + 2 * h][i] * scale, v[4 * a + 2 * h + 1][i] * scale);
+}
+
+// The last steps of a row, on accumulators that a thread sees as G groups of V consecutive elements: value(g, i) is a
+// reference, at(g) its position.
+template <class T>
+struct RowEnd {
+  const T *in, *in_gate;
+  const T* gate[2];
+  T* out[2];
+  Extent extent;
+  float skip;   // in units of the accumulators
+  float scale;  // of the accumulators
+  bool with_skip, with_dot;
+
+  template <int V, int G, class At, class Value>
+  SIMT_DEVICE void add_skip(At at, Value value) const {
+    if (!with_skip) return;
+    float v[G][V];
+    load_gated(v, in, in_gate, extent, at);
+#pragma unroll
+    for (int g = 0; g < G; g++)
+#pragma unroll
+      for (int i = 0; i < V; i++) value(g, i) += skip * v[g][i];
+  }
+
+  // gates: gate[0] at the same groups, loaded early (unused where gate[0] is null). Returns the dot products.
+  template <int V, int G, class At, class Value>
+  SIMT_DEVICE float store(const Words<V> (&gates)[G], At at, Value value) const {
+    float dot = 0.f;
+#pragma unroll
+    for (int g = 0; g < G; g++) {
+      float z[V], y[V];
+#pragma unroll
+      for (int i = 0; i < V; i++) {
+        z[i] = value(g, i) * scale;
+        y[i] = gate[0] ? z[i] * element<T>(gates[g], i) : z[i];
+      }
+      if (out[0]) store_group<T, V, At>(y, out[0], extent, at(g));
+      if (gate[1]) dot += store_second<V>(z, gates[g], at(g));
+    }
+    return dot;
+  }
+
+  template <int V>
+  SIMT_DEVICE float store_second(const float (&z)[V], const Words<V>& first, int n) const {
+    const auto at = [n](int) { return n; };
+    Words<V> second[1];
+    load_groups<V>(second, gate[1], extent, at);
+    if (out[1]) {
+      float y[V];
+#pragma unroll
+      for (int i = 0; i < V; i++) y[i] = z[i] * element<T>(second[0], i);
+      store_group<T, V, decltype(at)>(y, out[1], extent, n);
+    }
+    if (!with_dot) return 0.f;
+    float v[1][V], dot = 0.f;
+    load_gated(v, in, in_gate, extent, at);
+#pragma unroll
+    for (int i = 0; i < V; i++) {
+      const float w = v[0][i] * element<T>(second[0], i);
+      dot += gate[0] ? w * element<T>(first, i) : w;
+    }
+    return dot;
+  }
+};
+
+template <class T>
+SIMT_DEVICE RowEnd<T> row_end(const ConvParams<T>& p, int b, int h, float spectrum_scale, float in_scale) {
+  const float skip = p.skip ? p.skip[h] : 0.f;
+  return {p.in.row(b, h),
+          p.in_gate.row(b, h),
+          {p.gate[0].row(b, h), p.gate[1].row(b, h)},
+          {p.out[0].row(b, h), p.out[1].row(b, h)},
+          {p.length, p.vector},
+          skip * in_scale * reciprocal(spectrum_scale),
+          spectrum_scale * reciprocal(in_scale),
+          p.skip != nullptr,
+          p.dots != nullptr};
+}
+
+}  // namespace tilewise::fft_conv
