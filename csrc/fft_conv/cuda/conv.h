@@ -45,7 +45,7 @@ template <class T, int N1, int N2>
 struct Conv2 {
   using F = TwoFactors<N1, N2>;
   static constexpr int kWarps = 4, kThreads = 32 * kWarps, kMinArch = 800;
-  static constexpr int kMinBlocks = F::n > 1024 ? 2 : F::n > 512 ? 3 : 6;
+  static constexpr int kMinBlocks = F::n > 1024 ? 2 : F::n > 512 ? 3 : F::n > 256 ? 4 : 6;
   using Params = ConvParams<T>;
   struct Smem {
     typename F::Tables tables;
@@ -85,9 +85,9 @@ struct Conv2 {
     const auto at = [lane](int i) { return F::output_at(i, lane); };
     const auto value = [&y](int group, int i) -> float& { return F::output(y, group, i); };
     constexpr int V = 2 * F::J, G = 2 * F::A;
+    end.template add_skip<V, G>(at, value);
     Words<V> gates[G];
     if (end.gate[0]) load_groups<V>(gates, end.gate[0], end.extent, at);
-    end.template add_skip<V, G>(at, value);
     return end.template store<V, G>(gates, at, value);
   }
 };

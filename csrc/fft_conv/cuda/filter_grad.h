@@ -84,13 +84,13 @@ struct FilterGrad2 {
 #pragma unroll
     for (int j = 0; j < F::J; j++) rotate_pack(z.re[j], z.im[j], sr[j], si[j], phase);
     const size_t partial = static_cast<size_t>(block_idx().y) * kPartials + warp_id();
-    const int parts = p.circular ? 2 : 1;
-    float* out = p.partials + (partial * grid_dim().x + head) * parts * F::n;
+    const int planes = p.circular ? 2 : 1;
+    float* out = p.partials + (partial * grid_dim().x + head) * planes * F::n;
 #pragma unroll 1
-    for (int part = 0; part < parts; part++) {
+    for (int plane = 0; plane < planes; plane++) {
       typename F::Accumulators y = {};
       F::inverse(y, z, s.tables, m);
-      write_part(out + part * F::n, y, sqrtf(static_cast<float>(F::n)) * reciprocal(scale));
+      write_plane(out + plane * F::n, y, sqrtf(static_cast<float>(F::n)) * reciprocal(scale));
 #pragma unroll
       for (int j = 0; j < F::J; j++)  // the imaginary part is the real part of -i z
 #pragma unroll
@@ -102,7 +102,7 @@ struct FilterGrad2 {
     }
   }
 
-  SIMT_DEVICE static void write_part(float* out, typename F::Accumulators& y, float scale) {
+  SIMT_DEVICE static void write_plane(float* out, typename F::Accumulators& y, float scale) {
 #pragma unroll
     for (int group = 0; group < 2 * F::A; group++)
 #pragma unroll
@@ -115,88 +115,90 @@ struct FilterGrad2 {
   }
 };
 
-// Three factors: one block a row. The twiddles of the largest size stay in global memory (L2), next to both exchanges.
-template <class T, int N1, int Warps, bool TwiddlesInSmem>
+// Three factors: one block a row, or one of Parts blocks, each with its share of the values of k1 and its own reading of
+// the row: two sums of all of 16K do not fit the registers.
+template <class T, int N1, int Warps, int Parts>
 struct FilterGrad3 {
-  using F = ThreeFactors<N1, Warps>;
-  static constexpr int kThreads = 32 * Warps, kMinArch = 800, kMinBlocks = N1 == 16 ? 2 : 1, kPartials = 1;
+  using F = ThreeFactors<N1, Warps, N1 / 16 / Parts>;
+  static constexpr int kThreads = 32 * Warps, kMinArch = 800, kMinBlocks = N1 == 16 ? 2 : 1, kPartials = Parts;
   using Params = FilterGradParams<T>;
+  using Sum = float[F::kUnits * 2][4];
   struct Smem {
     typename F::Tables tables;
-    uint4 twiddles[TwiddlesInSmem ? N1 : 1][2][32];
+    uint4 twiddles[F::kRows][2][32];
     typename F::Exchange u, g;
     float slots[2][Warps];
   };
+  // Grid (heads * Parts, groups of rows)
+  SIMT_DEVICE static int head() { return static_cast<int>(block_idx().x) / Parts; }
+  SIMT_DEVICE static int part() { return static_cast<int>(block_idx().x) % Parts; }
+  SIMT_DEVICE static int first_block() { return part() * (F::kRows / 16); }
 
   SIMT_DEVICE static void run(const Params& p, Smem& s) {
-    const int head = static_cast<int>(block_idx().x);
+    const int h = head();
     copy_words<kThreads>(&s.tables, p.tables, F::kTableWords);
-    const uint4* twiddles = p.tables + F::kTableWords;
-    if constexpr (TwiddlesInSmem) {
-      copy_words<kThreads>(s.twiddles, twiddles, N1 * 64);
-      twiddles = &s.twiddles[0][0][0];
-    }
+    copy_words<kThreads>(s.twiddles, p.tables + F::kTableWords + part() * F::kRows * 64, F::kRows * 64);
     finish_copies();
     const RowRange rows = rows_of_block(p);
     typename F::Constants constants;
     F::load_constants(constants, s.tables);
-    float sr[F::kUnits * 2][4] = {}, si[F::kUnits * 2][4] = {};
+    Sum sr = {}, si = {};
     for (int b = rows.begin; b < rows.end; b++) {
       typename F::Operand x;
-      const float u_scale = F::load(x, s.slots[0], p.u.row(b, head), p.u_gate.row(b, head), {p.length, p.vector});
-      F::factor1(s.u, x, s.tables);
-      const float g_scale = F::load(x, s.slots[1], p.dy.row(b, head), p.dy_gate.row(b, head), {p.length, p.vector});
-      F::factor1(s.g, x, s.tables);
+      const float u_scale = F::load(x, s.slots[0], p.u.row(b, h), p.u_gate.row(b, h), {p.length, p.vector});
+      F::factor1(s.u, x, s.tables, first_block());
+      const float g_scale = F::load(x, s.slots[1], p.dy.row(b, h), p.dy_gate.row(b, h), {p.length, p.vector});
+      F::factor1(s.g, x, s.tables, first_block());
       sync_block();
-      add_row(sr, si, s, constants, twiddles, reciprocal(u_scale) * reciprocal(g_scale));
+      add_row(sr, si, s, constants, reciprocal(u_scale) * reciprocal(g_scale));
       sync_block();
     }
-    write(p, s, sr, si, constants, twiddles, head);
+    write(p, s, sr, si, constants);
   }
 
-  SIMT_DEVICE static void add_row(float (&sr)[F::kUnits * 2][4], float (&si)[F::kUnits * 2][4], const Smem& s,
-                                  const typename F::Constants& constants, const uint4* twiddles, float scale) {
+  SIMT_DEVICE static void add_row(Sum& sr, Sum& si, const Smem& s, const typename F::Constants& constants,
+                                  float scale) {
     const int lane = lane_id();
 #pragma unroll
     for (int q = 0; q < F::kUnits; q++) {
-      const int k1 = q * Warps + warp_id();
-      const uint4 w[2] = {load16(twiddles + k1 * 64 + lane), load16(twiddles + k1 * 64 + 32 + lane)};
+      const int row = q * Warps + warp_id();
+      const uint4 w[2] = {load16(&s.twiddles[row][0][lane]), load16(&s.twiddles[row][1][lane])};
       float ur[2][4], ui[2][4], gr[2][4], gi[2][4];
-      F::forward(ur, ui, s.u, constants, w, k1);
-      F::forward(gr, gi, s.g, constants, w, k1);
+      F::forward(ur, ui, s.u, constants, w, row);
+      F::forward(gr, gi, s.g, constants, w, row);
 #pragma unroll
       for (int h = 0; h < 2; h++) add_correlation(sr[2 * q + h], si[2 * q + h], gr[h], gi[h], ur[h], ui[h], scale);
     }
   }
 
-  SIMT_DEVICE static void write(const Params& p, Smem& s, const float (&sr)[F::kUnits * 2][4],
-                                const float (&si)[F::kUnits * 2][4], const typename F::Constants& constants,
-                                const uint4* twiddles, int head) {
+  SIMT_DEVICE static void write(const Params& p, Smem& s, const Sum& sr, const Sum& si,
+                                const typename F::Constants& constants) {
     const int lane = lane_id();
     const float scale = sum_scale(F::block_max(s.slots[0], max_abs_pair(sr, si)), F::kTop);
 #pragma unroll
     for (int q = 0; q < F::kUnits; q++) {
-      const int k1 = q * Warps + warp_id();
-      const uint4 w[2] = {load16(twiddles + k1 * 64 + lane), load16(twiddles + k1 * 64 + 32 + lane)};
-      const float2 turn = surplus_phase<N1>(k1);
+      const int row = q * Warps + warp_id();
+      const uint4 w[2] = {load16(&s.twiddles[row][0][lane]), load16(&s.twiddles[row][1][lane])};
+      const float2 turn = surplus_phase<N1>(part() * F::kRows + row);
       const float2 phase[2] = {{turn.x * scale, turn.y * scale}, {turn.x * scale, turn.y * scale}};
       typename F::Fragments z;
 #pragma unroll
       for (int h = 0; h < 2; h++) rotate_pack(z.re[h], z.im[h], sr[2 * q + h], si[2 * q + h], phase);
-      F::inverse(s.u, z, constants, w, k1);
+      F::inverse(s.u, z, constants, w, row);
     }
     sync_block();
-    const int parts = p.circular ? 2 : 1;
-    float* out = p.partials + (static_cast<size_t>(block_idx().y) * grid_dim().x + head) * parts * F::n;
+    const int planes = p.circular ? 2 : 1, heads = static_cast<int>(grid_dim().x) / Parts;
+    const size_t partial = static_cast<size_t>(block_idx().y) * Parts + part();
+    float* out = p.partials + (partial * heads + head()) * planes * F::n;
     const float back = sqrtf(static_cast<float>(F::n)) * reciprocal(scale);
-    write_part<false>(out, s, back);
-    if (p.circular) write_part<true>(out + F::n, s, back);
+    write_plane<false>(out, s, back);
+    if (p.circular) write_plane<true>(out + F::n, s, back);
   }
 
   template <bool Imaginary>
-  SIMT_DEVICE static void write_part(float* out, const Smem& s, float scale) {
+  SIMT_DEVICE static void write_plane(float* out, const Smem& s, float scale) {
     typename F::Accumulators y = {};
-    F::template inverse1<Imaginary>(y, s.u, s.tables);
+    F::template inverse1<Imaginary>(y, s.u, s.tables, first_block());
 #pragma unroll
     for (int group = 0; group < 4 * F::A; group++)
 #pragma unroll

@@ -155,13 +155,17 @@ struct RowEnd {
 
   template <int V, int G, class At, class Value>
   SIMT_DEVICE void add_skip(At at, Value value) const {
+    constexpr int kBatch = V < 16 ? 16 / V : 1;  // groups at a time: few registers, yet several loads on their way
     if (!with_skip) return;
-    float v[G][V];
-    load_gated(v, in, in_gate, extent, at);
 #pragma unroll
-    for (int g = 0; g < G; g++)
+    for (int first = 0; first < G; first += kBatch) {
+      float v[kBatch][V];
+      load_gated(v, in, in_gate, extent, [&](int g) { return at(first + g); });
 #pragma unroll
-      for (int i = 0; i < V; i++) value(g, i) += skip * v[g][i];
+      for (int g = 0; g < kBatch; g++)
+#pragma unroll
+        for (int i = 0; i < V; i++) value(first + g, i) += skip * v[g][i];
+    }
   }
 
   // gates: gate[0] at the same groups, loaded early (unused where gate[0] is null). Returns the dot products.

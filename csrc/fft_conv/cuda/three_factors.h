@@ -12,11 +12,13 @@
 
 namespace tilewise::fft_conv {
 
-template <int N1, int Warps_>
+// A block may have 16 Blocks of the N1 values of k1, from 16 first on; then E has these rows only.
+template <int N1, int Warps_, int Blocks = N1 / 16>
 struct ThreeFactors {
   static constexpr int n = N1 * 256, A = N1 / 16, Warps = Warps_;
   static constexpr int J = 32 / Warps;       // column tiles of a warp in factor 1 = consecutive j3 of a lane
-  static constexpr int kUnits = N1 / Warps;  // values of k1 of a warp
+  static constexpr int kRows = 16 * Blocks;      // values of k1 of the block
+  static constexpr int kUnits = kRows / Warps;  // and of a warp
   static constexpr int kTop = row_top(n);
 
   struct Tables {
@@ -25,7 +27,7 @@ struct ThreeFactors {
   };
   using Twiddles = uint4[N1][2][32];  // follow the Tables in memory
   static constexpr int kTableWords = static_cast<int>(sizeof(Tables) / 16);
-  using Exchange = uint32_t[2][n / 2];
+  using Exchange = uint32_t[2][kRows * 128];
   using Operand = uint32_t[A][2][J];
   using Accumulators = float[A][J][4];
   struct Constants {  // the 16-point matrix as A and as B operands, and T
@@ -37,10 +39,10 @@ struct ThreeFactors {
     uint32_t re[2][2], im[2][2];
   };
 
-  // Word offset of the 16-byte chunk (j3, j2 / 8) of row k1, swizzled: conflict-free along k1 and along j3.
-  SIMT_DEVICE static int chunk(int k1, int j3, int h) {
+  // Word offset of the 16-byte chunk (j3, j2 / 8) of a row, swizzled: conflict-free along k1 and along j3.
+  SIMT_DEVICE static int chunk(int row, int j3, int h) {
     const int q = 2 * j3 + h;
-    return k1 * 128 + ((q ^ ((q >> 3) & 1) ^ (k1 & 7)) << 2);
+    return row * 128 + ((q ^ ((q >> 3) & 1) ^ (row & 7)) << 2);
   }
   // This warp's columns: j2 = 8 column_j2h() + 0..7, j3 = column_j3() + 0..J-1.
   SIMT_DEVICE static int column_j3() { return warp_id() % (16 / J) * J; }
@@ -76,16 +78,16 @@ struct ThreeFactors {
     return v;
   }
 
-  SIMT_DEVICE static void factor1(Exchange& e, const Operand& x, const Tables& s) {
+  SIMT_DEVICE static void factor1(Exchange& e, const Operand& x, const Tables& s, int first = 0) {
     const int lane = lane_id(), g = lane >> 2, t = lane & 3, j3 = column_j3(), j2h = column_j2h();
 #pragma unroll 1
-    for (int m = 0; m < A; m++) {
+    for (int m = 0; m < Blocks; m++) {
       float ar[J][4], ai[J][4];
 #pragma unroll
       for (int a = 0; a < A; a++) {
         uint32_t fr[4], fi[4];
-        load_block(fr, s.f1[m * A + a][0], lane);
-        load_block(fi, s.f1[m * A + a][1], lane);
+        load_block(fr, s.f1[(first + m) * A + a][0], lane);
+        load_block(fi, s.f1[(first + m) * A + a][1], lane);
 #pragma unroll
         for (int j = 0; j < J; j++) {
           if (a == 0) {
@@ -127,13 +129,13 @@ struct ThreeFactors {
     }
   }
 
-  // Twiddle, factors 2 and 3 of one k1: E -> C fragments [k2, k3].
+  // Twiddle, factors 2 and 3 of one row of E (one k1, whose twiddles are w) -> C fragments [k2, k3].
   SIMT_DEVICE static void forward(float (&cr)[2][4], float (&ci)[2][4], const Exchange& e, const Constants& c,
-                                  const uint4 (&w)[2], int k1) {
+                                  const uint4 (&w)[2], int row) {
     const int lane = lane_id();
     uint32_t xr[4], xi[4];
     // tiles (j3 lo, j2 lo), (j3 lo, j2 hi), (j3 hi, j2 lo), (j3 hi, j2 hi)
-    const int o = chunk(k1, ((lane >> 4) << 3) + (lane & 7), (lane >> 3) & 1);
+    const int o = chunk(row, ((lane >> 4) << 3) + (lane & 7), (lane >> 3) & 1);
     ldmatrix_x4(xr, &e[0][o]);
     ldmatrix_x4(xi, &e[1][o]);
     Fragments z;
@@ -154,8 +156,8 @@ struct ThreeFactors {
     for (int h = 0; h < 2; h++) multiply_b(cr[h], ci[h], ar, ai, c.b[h]);
   }
 
-  // Inverse of factors 3 and 2 and conjugate twiddle of one k1: [k2, k3] -> E.
-  SIMT_DEVICE static void inverse(Exchange& e, const Fragments& z, const Constants& c, const uint4 (&w)[2], int k1) {
+  // Inverse of factors 3 and 2 and conjugate twiddle: [k2, k3] -> one row of E.
+  SIMT_DEVICE static void inverse(Exchange& e, const Fragments& z, const Constants& c, const uint4 (&w)[2], int row) {
     const int lane = lane_id(), g = lane >> 2, t = lane & 3;
     uint32_t yr[2][2], yi[2][2];
 #pragma unroll
@@ -174,7 +176,7 @@ struct ThreeFactors {
       pack_multiply<true>(yr[h], yi[h], dr, di, w[h]);
 #pragma unroll
       for (int r = 0; r < 2; r++) {
-        const int o = chunk(k1, 8 * r + g, h) + t;
+        const int o = chunk(row, 8 * r + g, h) + t;
         e[0][o] = yr[h][r];
         e[1][o] = yi[h][r];
       }
@@ -183,10 +185,10 @@ struct ThreeFactors {
 
   // Real (or imaginary) part of the inverse of factor 1: adds E to C fragments [j1, (j2, j3)].
   template <bool Imaginary>
-  SIMT_DEVICE static void inverse1(Accumulators& y, const Exchange& e, const Tables& s) {
+  SIMT_DEVICE static void inverse1(Accumulators& y, const Exchange& e, const Tables& s, int first = 0) {
     const int lane = lane_id(), j3 = column_j3(), j2h = column_j2h();
 #pragma unroll 1
-    for (int m = 0; m < A; m++) {
+    for (int m = 0; m < Blocks; m++) {
       uint32_t zr[J][2], zi[J][2];
 #pragma unroll
       for (int j = 0; j < J; j += 2) {  // tiles (k1 lo, j), (k1 hi, j), (k1 lo, j + 1), (k1 hi, j + 1)
@@ -201,8 +203,8 @@ struct ThreeFactors {
 #pragma unroll
       for (int a = 0; a < A; a++) {
         uint32_t fr[4], fi[4];
-        load_block(fr, s.f1[a * A + m][0], lane);
-        load_block(fi, s.f1[a * A + m][1], lane);
+        load_block(fr, s.f1[a * A + first + m][0], lane);
+        load_block(fi, s.f1[a * A + first + m][1], lane);
 #pragma unroll
         for (int j = 0; j < J; j++) {
           mma<false>(y[a][j], fr, zr[j][0], zr[j][1]);
