@@ -2,31 +2,72 @@
 # An interpreter that already has torch is used as it is; otherwise an environment is made in .venv.
 PY := $(shell python3 -c 'import sys, torch; print(sys.executable)' 2>/dev/null || echo $(CURDIR)/.venv/bin/python)
 export PYTHONPATH := $(CURDIR)/python
-# Emulated CUDA kernels need no GPU; nvcc output is only worth its build time for tests and on machines with a GPU.
-HAS_GPU := $(wildcard /dev/nvidia0)
-DEMO_CUDA := $(if $(HAS_GPU),AUTO,OFF)
-CMAKE := $(PY) -m cmake
-CONFIGURE = $(CMAKE) -S . -B $(1) -G Ninja -DPython_EXECUTABLE=$(PY) -DTILEWISE_INPLACE=ON $(2)
+# The demo builds CUDA kernels only where a GPU can run them; `make build` builds them wherever nvcc is.
+DEMO_CUDA := $(if $(wildcard /dev/nvidia0),AUTO,OFF)
+NINJA = $(shell $(PY) -c 'import shutil, ninja, pathlib; print(pathlib.Path(ninja.BIN_DIR) / "ninja")')
+CONFIGURE = $(PY) -m cmake -S . -G Ninja -DCMAKE_MAKE_PROGRAM=$(NINJA) -DPython_EXECUTABLE=$(PY) -DTILEWISE_INPLACE=ON
+SANITIZERS := $(shell g++ -print-file-name=libasan.so) $(shell g++ -print-file-name=libubsan.so)
+SANITIZER_OPTIONS := detect_leaks=0:detect_stack_use_after_return=0:verify_asan_link_order=0
+FAMILY ?=
 
-.PHONY: demo test build lint format clean
+.PHONY: help demo test build bench bench-cpp gpu-report lint format wheel-check clean
+help:
+	@echo 'make demo         train two small models on real text and decode with token trees (4 minutes)'
+	@echo 'make test         every test; CUDA kernels run emulated, race-checked and sanitized'
+	@echo 'make bench        every kernel beside torch (FAMILY=attention for one)'
+	@echo 'make gpu-report   build, test, record and measure on a machine with a GPU (FAMILY=... to split)'
+	@echo 'make lint | format | wheel-check | bench-cpp | clean'
 
 build/.environment: pyproject.toml constraints.txt
 	@test -x $(PY) || python3 -m venv .venv
 	@$(PY) -c 'import torch' 2>/dev/null || $(PY) -m pip install -q -c constraints.txt torch
-	$(PY) -m pip install -q 'scikit-build-core>=0.11' 'pybind11>=3.0' 'cmake>=3.26' ninja numpy pytest hypothesis expecttest rich matplotlib
+	$(PY) -m pip install -q 'scikit-build-core>=0.11' 'pybind11>=3.0' 'cmake>=3.26' ninja \
+	  'pytest>=8' 'hypothesis>=6.100' numpy expecttest 'rich>=13' 'matplotlib>=3.8'
 	@mkdir -p build && touch $@
 
 build: build/.environment
-	$(call CONFIGURE,build,-DTILEWISE_EMULATOR=ON)
-	$(CMAKE) --build build
+	$(CONFIGURE) -B build -DTILEWISE_EMULATOR=ON
+	$(PY) -m cmake --build build
 
+# The whole suite; then its small cases again with the CUDA kernels race-checked, and under ASan and UBSan.
 test: build
 	$(PY) -m pytest tests
+	TILEWISE_EMULATOR=race $(PY) -m pytest tests
+	LD_PRELOAD='$(SANITIZERS)' ASAN_OPTIONS=$(SANITIZER_OPTIONS) TILEWISE_EMULATOR=asan $(PY) -m pytest tests
 
 demo: build/.environment
-	$(call CONFIGURE,build/demo,-DTILEWISE_CUDA=$(DEMO_CUDA))
-	$(CMAKE) --build build/demo
+	$(CONFIGURE) -B build/demo -DTILEWISE_CUDA=$(DEMO_CUDA)
+	$(PY) -m cmake --build build/demo
 	$(PY) -m tilewise demo
 
+bench: build/.environment
+	$(CONFIGURE) -B build/demo -DTILEWISE_CUDA=$(DEMO_CUDA)
+	$(PY) -m cmake --build build/demo
+	$(PY) -m tilewise bench $(FAMILY)
+
+bench-cpp: build/.environment
+	$(CONFIGURE) -B build/bench -DTILEWISE_CUDA=OFF -DTILEWISE_INPLACE=OFF -DTILEWISE_BENCH=ON
+	$(PY) -m cmake --build build/bench
+	@for program in build/bench/bench/bench_*; do test -x $$program -a -f $$program && $$program; done
+
+# Needs only nvcc, cmake, ninja, torch, pybind11 and pytest on the machine.
+gpu-report:
+	$(PY) tools/gpu_report.py $(FAMILY)
+
+build/.lint: tools/lint-requirements.txt | build/.environment
+	$(PY) -m pip install -q -r $<
+	@touch $@
+SOURCES = $(shell git ls-files '*.h' '*.cpp' '*.cu')
+TOOLS = $(dir $(PY))
+lint: build/.lint
+	$(TOOLS)ruff check . && $(TOOLS)ruff format --check .
+	$(TOOLS)clang-format --dry-run -Werror $(SOURCES)
+format: build/.lint
+	$(TOOLS)ruff check --fix . && $(TOOLS)ruff format .
+	$(TOOLS)clang-format -i $(SOURCES)
+
+wheel-check: build/.environment
+	$(PY) tools/check_wheel.py
+
 clean:
-	rm -rf build python/tilewise/*.so
+	rm -rf build dist python/tilewise/*.so

@@ -1,173 +1,555 @@
-// race.cpp - happens-before checker for shared memory (and registered global buffers).
-// Kernels compiled with `-fsanitize=thread` call __tsan_readN/__tsan_writeN on every access; we link our own definitions
-// instead of libtsan. Vector clocks per CUDA thread; barriers, sync_warp and mbarriers are the only edges between threads.
-#include "runtime.h"
+#include "race.h"
+
 #include <dlfcn.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+
 #include <algorithm>
+#include <map>
+#include <memory>
+#include <mutex>
 #include <set>
+#include <unordered_map>
 
-namespace simt { namespace rt {
+#include "race_hooks.h"
+
+namespace simt {
+namespace race {
+
 namespace {
-enum { kInit = 1, kWPend = 2, kAtomic = 4, kGeneric = 8, kOther = 16 };
-struct Rd { uint32_t clk; uint16_t tid; };
-struct Cell {
-  uint64_t wsite, rsite; uint32_t wclk; uint16_t wtid; uint8_t flags, nr; uint8_t rpend; uint32_t wblk, rblk; Rd r[8]; std::vector<uint32_t>* many;
-};
-struct Region { const unsigned char* base; size_t size; Cell* c; const char* name; bool shared; };
-bool instrumented = false, active = false;
-int N; Region sm; std::vector<Region> globals;
-std::vector<std::vector<uint32_t>> vc, pf; std::vector<uint32_t> fence_clk; uint32_t agent; std::map<uint32_t, std::vector<uint32_t>> snap;
-std::set<std::pair<uint64_t, uint64_t>> seen; std::string report; int reports;
 
-uint64_t key(Site s) { return 1ull << 63 | (uint64_t)(s.line & 0x7fff) << 48 | ((uint64_t)s.file & 0xffffffffffffull); }
-std::string where(uint64_t k) {
-  char t[600];
-  if (!k) return "?";
-  if (k >> 63) { snprintf(t, sizeof t, "%s:%d", (const char*)(k & 0xffffffffffffull), (int)(k >> 48 & 0x7fff)); return t; }
-  Dl_info i; if (!dladdr((void*)k, &i)) return "?";
-  snprintf(t, sizeof t, "addr2line -e %s %#lx", i.dli_fname, (long)(k - 1 - (uint64_t)i.dli_fbase));
-  if (FILE* f = popen(t, "r")) { if (fgets(t, sizeof t, f)) t[strcspn(t, "\n")] = 0; pclose(f); }
-  return t;
+using Clock = std::vector<uint32_t>;  // an entry per thread of the block, and one for bulk loads
+
+void join_into(Clock& to, const Clock& from) {
+  if (to.empty()) to.assign(from.size(), 0);
+  for (size_t i = 0; i < from.size(); i++) to[i] = std::max(to[i], from[i]);
 }
-std::string who(int t) { char b[48]; if (t == N) return "TMA"; snprintf(b, sizeof b, "thread %d (warp %d lane %d)", t, t / 32, t % 32); return b; }
-void race(const char* what, Region& R, size_t off, int t1, uint64_t s1, int t2, uint64_t s2) {
-  if (!seen.insert({s1, s2}).second || ++reports > 8) return;
-  char b[1200];
-  snprintf(b, sizeof b, "\n  %s at %s+%zu, block %u: %s at %s", what, R.name, off, blk->lin, who(t1).c_str(), where(s1).c_str());
-  report += b;
-  if (t2 >= 0) report += "\n      earlier: " + who(t2) + " at " + where(s2);
+
+// What is known of other blocks: up to where each of their threads is ordered before us.
+using Foreign = std::map<unsigned, Clock>;
+using SharedForeign = std::shared_ptr<const Foreign>;
+
+void join_into(Foreign& to, const Foreign& from) {
+  for (const auto& [index, clock] : from) join_into(to[index], clock);
 }
-Region* find(const void* p, size_t n) {
-  auto* q = (const unsigned char*)p;
-  if (q >= sm.base && q + n <= sm.base + sm.size) return &sm;
-  for (auto& g : globals) if (q >= g.base && q + n <= g.base + g.size) return &g;
+SharedForeign join(const SharedForeign& a, const SharedForeign& b) {
+  if (!b || a == b) return a;
+  if (!a) return b;
+  auto both = std::make_shared<Foreign>(*a);
+  join_into(*both, *b);
+  return both;
+}
+
+struct Reader {
+  uint32_t clock;
+  int tid;
+};
+
+// The history of one byte.
+struct Cell {
+  static constexpr int kReaders = 8;
+  enum : uint8_t {
+    kInitialised = 1,
+    kWriteInFlight = 2,
+    kAtomic = 4,
+    kGeneric = 8,        // written by an ordinary store: TMA and wgmma see it only after a proxy fence
+    kReadByBlocks = 16,  // more than one block has read it since the last write
+  };
+  Where write_where, read_where;
+  uint32_t write_clock;
+  int write_tid;
+  unsigned write_block, read_block;  // index + 1; 0: none
+  uint8_t flags, reader_count;
+  uint16_t reads_in_flight;
+  Reader readers[kReaders];
+  Clock* many_readers;  // replaces `readers` once they are full
+};
+
+struct Region {
+  const unsigned char* base;
+  size_t size;
+  Cell* cells;
+  std::string name;
+  bool is_shared;
+};
+
+struct Finding {
+  const char* what;
+  int tid;
+  Where where;
+};
+
+// Everything the checker knows. One launch is checked at a time (scheduler.cpp).
+struct Checker {
+  bool active = false;  // a block is running
+  int threads = 0;
+  unsigned block = 0, blocks_begun = 0;
+  Region smem{nullptr, 0, nullptr, "shared", true};
+  std::vector<Clock> clocks;                 // per thread
+  std::vector<Clock> proxy_fenced;           // per thread: what it knew at its last fence.proxy.async
+  std::vector<uint32_t> own_fence;           // per thread: its own time at that fence
+  std::vector<SharedForeign> foreign;        // per thread: other blocks
+  std::vector<SharedForeign> device_fenced;  // per thread: what its atomics publish since its last fence_device
+  std::vector<SharedForeign> observed;       // per thread: what its atomics have seen, known for sure at the next fence
+  std::unordered_map<const void*, SharedForeign> published;  // by the atomics on an address
+  struct BarClocks {
+    Clock current, completed;
+  };
+  std::map<const uint64_t*, BarClocks> bars;
+  uint32_t load_token = 0;
+  std::map<uint32_t, Clock> load_clocks;
+  std::set<std::pair<Where, Where>> reported;
+  std::string report;
+  int findings = 0;
+};
+Checker c;
+
+// Global buffers that tests announce; guarded by the mutex, as tests may register from any thread.
+std::mutex regions_mutex;
+std::vector<Region> regions;
+
+// ---- reporting ----
+
+constexpr int kMaxFindings = 8;
+
+// The innermost inlined frame outside this library's own headers.
+std::string source_line(const void* code) {
+  Dl_info info;
+  if (!dladdr(code, &info)) return "?";
+  const auto offset = static_cast<const char*>(code) - static_cast<const char*>(info.dli_fbase);
+  char command[1024];
+  snprintf(command, sizeof command, "addr2line -i -e '%s' %#tx 2>/dev/null", info.dli_fname, offset - 1);
+  FILE* output = popen(command, "r");
+  if (!output) return "?";
+  std::string innermost, chosen;
+  char line[1024];
+  while (fgets(line, sizeof line, output)) {
+    line[strcspn(line, " \n")] = 0;
+    if (innermost.empty()) innermost = line;
+    if (chosen.empty() && !strstr(line, "simt/host/")) chosen = line;
+  }
+  pclose(output);
+  if (!chosen.empty()) return chosen;
+  return innermost.empty() ? "?" : innermost;
+}
+
+std::string text(Where w) {
+  if (!w.at) return "?";
+  if (w.line) return std::string(static_cast<const char*>(w.at)) + ":" + std::to_string(w.line);
+  return source_line(w.at);
+}
+
+std::string thread_name(int tid) {
+  if (tid == c.threads) return "a bulk load";
+  char name[64];
+  snprintf(name, sizeof name, "thread %d (warp %d lane %d)", tid, tid / kWarp, tid % kWarp);
+  return name;
+}
+
+void report(const Finding& f, const Region& region, size_t offset, int earlier_tid = -1, Where earlier = {}) {
+  if (!c.reported.insert({f.where, earlier}).second) return;
+  if (++c.findings > kMaxFindings) return;
+  c.report += std::string("\n  ") + f.what + " at " + region.name + "+" + std::to_string(offset) + ", block " +
+              std::to_string(c.block) + ": " + thread_name(f.tid) + " at " + text(f.where);
+  if (earlier_tid >= 0) c.report += "\n      earlier: " + thread_name(earlier_tid) + " at " + text(earlier);
+}
+
+// ---- order ----
+
+bool happened_before(int tid, int other, uint32_t clock) { return clock <= c.clocks[tid][other]; }
+
+bool foreign_happened_before(int tid, unsigned block, int other, uint32_t clock) {
+  if (!c.foreign[tid]) return false;
+  const auto known = c.foreign[tid]->find(block);
+  return known != c.foreign[tid]->end() && clock <= known->second[other];
+}
+
+// Later accesses of the thread are told apart from those that others now know of.
+void tick(int tid) { c.clocks[tid][tid]++; }
+
+bool written_here(const Region& r, const Cell& cell) { return r.is_shared || cell.write_block == c.block + 1; }
+
+bool write_is_ordered(const Region& r, const Cell& cell, int tid) {
+  if (written_here(r, cell)) return happened_before(tid, cell.write_tid, cell.write_clock);
+  return foreign_happened_before(tid, cell.write_block - 1, cell.write_tid, cell.write_clock);
+}
+
+// TMA and wgmma see an ordinary store only if its writer has fenced since, or the reader has after learning of it.
+bool proxy_is_ordered(const Cell& cell, int tid) {
+  if (!(cell.flags & Cell::kGeneric) || cell.write_tid >= c.threads) return true;
+  return cell.write_clock <= c.own_fence[cell.write_tid] || cell.write_clock <= c.proxy_fenced[tid][cell.write_tid];
+}
+
+// ---- one byte ----
+
+void check_against_write(const Region& r, size_t offset, const Cell& cell, int tid, Where where, bool is_write,
+                         bool is_atomic) {
+  const char* what = nullptr;
+  if (cell.flags & Cell::kWriteInFlight) {
+    what = is_write ? "write while an async copy is in flight" : "read while an async copy is in flight";
+  } else if (!(cell.flags & Cell::kInitialised) || (is_atomic && cell.flags & Cell::kAtomic)) {
+    return;
+  } else if (write_is_ordered(r, cell, tid)) {
+    return;
+  } else if (written_here(r, cell)) {
+    what = is_write ? "write-write race" : "read of a write that is not synchronised";
+  } else {
+    what = is_write ? "write-write race between blocks" : "write-read race between blocks";
+  }
+  report({what, tid, where}, r, offset, cell.write_tid, cell.write_where);
+}
+
+void check_read(const Region& r, size_t offset, int tid, Where where) {
+  const Cell& cell = r.cells[offset];
+  if (r.is_shared && !(cell.flags & (Cell::kInitialised | Cell::kWriteInFlight))) {
+    report({"read of uninitialised shared memory", tid, where}, r, offset);
+  }
+  check_against_write(r, offset, cell, tid, where, false, false);
+}
+
+void forget_readers(Cell& cell) {
+  delete cell.many_readers;
+  cell.many_readers = nullptr;
+  cell.reader_count = 0;
+  cell.flags &= static_cast<uint8_t>(~Cell::kReadByBlocks);
+}
+
+// Readers that the new one is ordered after need no record of their own.
+void note_read(const Region& r, Cell& cell, int tid, Where where) {
+  if (!r.is_shared && cell.read_block != c.block + 1) {
+    const bool others = cell.read_block != 0;
+    forget_readers(cell);
+    cell.read_block = c.block + 1;
+    if (others) cell.flags |= Cell::kReadByBlocks;
+  }
+  cell.read_where = where;
+  const uint32_t now = c.clocks[tid][tid];
+  if (cell.many_readers) {
+    (*cell.many_readers)[tid] = now;
+    return;
+  }
+  int kept = 0;
+  for (int i = 0; i < cell.reader_count; i++) {
+    const Reader reader = cell.readers[i];
+    if (reader.tid != tid && !happened_before(tid, reader.tid, reader.clock)) cell.readers[kept++] = reader;
+  }
+  cell.reader_count = static_cast<uint8_t>(kept);
+  if (kept < Cell::kReaders) {
+    cell.readers[cell.reader_count++] = {now, tid};
+    return;
+  }
+  cell.many_readers = new Clock(c.threads + 1, 0);
+  for (const Reader& reader : cell.readers) (*cell.many_readers)[reader.tid] = reader.clock;
+  (*cell.many_readers)[tid] = now;
+  cell.reader_count = 0;
+}
+
+// A reader of this block that the writer is not ordered after, or -1.
+int unordered_reader(const Cell& cell, int tid) {
+  if (cell.many_readers) {
+    for (int other = 0; other < c.threads; other++) {
+      if (!happened_before(tid, other, (*cell.many_readers)[other])) return other;
+    }
+    return -1;
+  }
+  for (int i = 0; i < cell.reader_count; i++) {
+    if (!happened_before(tid, cell.readers[i].tid, cell.readers[i].clock)) return cell.readers[i].tid;
+  }
+  return -1;
+}
+
+// Readers in other blocks are not recorded one by one: the writer must have synchronised with that block, or with all.
+bool foreign_readers_are_ordered(const Cell& cell, int tid) {
+  const bool one = cell.read_block && cell.read_block != c.block + 1 && !(cell.flags & Cell::kReadByBlocks);
+  const bool several = cell.flags & Cell::kReadByBlocks;
+  if (!one && !several) return true;
+  if (!c.foreign[tid]) return false;
+  if (one) return c.foreign[tid]->count(cell.read_block - 1) != 0;
+  return c.foreign[tid]->size() + 1 >= c.blocks_begun;
+}
+
+void check_write(const Region& r, size_t offset, int tid, Where where, bool is_atomic) {
+  Cell& cell = r.cells[offset];
+  check_against_write(r, offset, cell, tid, where, true, is_atomic);
+  if (cell.reads_in_flight) {
+    report({"write while an async operation may still read", tid, where}, r, offset, tid, cell.read_where);
+  }
+  if (!r.is_shared && !foreign_readers_are_ordered(cell, tid)) {
+    report({"read-write race between blocks", tid, where}, r, offset, tid, cell.read_where);
+  }
+  const bool readers_here = r.is_shared || cell.read_block == c.block + 1;
+  const int reader = readers_here ? unordered_reader(cell, tid) : -1;
+  if (reader >= 0) report({"write races with an earlier read", tid, where}, r, offset, reader, cell.read_where);
+  forget_readers(cell);
+}
+
+void set_write(Cell& cell, int tid, uint32_t clock, Where where, uint8_t flags) {
+  cell.write_tid = tid;
+  cell.write_clock = clock;
+  cell.write_where = where;
+  cell.write_block = c.block + 1;
+  cell.read_block = 0;
+  cell.flags = flags;
+}
+
+// ---- regions ----
+
+Region* find(const void* p, size_t bytes) {
+  const auto* q = static_cast<const unsigned char*>(p);
+  const auto holds = [&](const Region& r) { return q >= r.base && q + bytes <= r.base + r.size; };
+  if (holds(c.smem)) return &c.smem;
+  for (Region& r : regions) {
+    if (r.cells && holds(r)) return &r;
+  }
   return nullptr;
 }
-inline bool hb(int t, int u, uint32_t clk) { return clk <= vc[t][u]; }  // (u,clk) happened before t's now
-void clear_reads(Cell& c) { c.nr = 0; if (c.many) { delete c.many; c.many = nullptr; } c.flags &= ~kOther; }
-void check_write_order(Region& R, Cell& c, size_t off, int t, uint64_t s, bool is_write, bool atomic) {
-  if (c.flags & kWPend) race(is_write ? "write while an async copy is in flight" : "read while an async copy is in flight", R, off, t, s, c.wtid, c.wsite);
-  else if (c.flags & kInit && !(atomic && c.flags & kAtomic)) {
-    if (!R.shared && c.wblk != blk->lin + 1) { if (c.wblk) race(is_write ? "write-write race between blocks" : "write-read race between blocks", R, off, t, s, c.wtid, c.wsite); }
-    else if (!hb(t, c.wtid, c.wclk)) race(is_write ? "write-write race" : "read of a write that is not synchronised", R, off, t, s, c.wtid, c.wsite);
-  }
+
+// Calls f(region, offset) for every recorded byte of the range.
+template <class F>
+void for_each_byte(const void* p, size_t bytes, F f) {
+  if (!c.active) return;
+  Region* r = find(p, bytes);
+  if (!r) return;
+  const size_t first = static_cast<const unsigned char*>(p) - r->base;
+  for (size_t offset = first; offset < first + bytes; offset++) f(*r, offset);
 }
-void do_read(Region& R, size_t off, int t, uint64_t s, bool async_proxy) {
-  Cell& c = R.c[off];
-  if (R.shared && !(c.flags & (kInit | kWPend))) race("read of uninitialised shared memory", R, off, t, s, -1, 0);
-  check_write_order(R, c, off, t, s, false, false);
-  if (async_proxy && c.flags & kGeneric && c.wtid < N && c.wclk > fence_clk[c.wtid] && c.wclk > pf[t][c.wtid]) race("async-proxy read of a generic write without fence.proxy.async", R, off, t, s, c.wtid, c.wsite);
+
+Where at_site(rt::Site at) { return {at.file, at.line}; }
+
+void read_bytes(int tid, const void* p, size_t bytes, Where where) {
+  for_each_byte(p, bytes, [&](Region& r, size_t offset) {
+    check_read(r, offset, tid, where);
+    note_read(r, r.cells[offset], tid, where);
+  });
 }
-void note_read(Region& R, Cell& c, int t, uint64_t s) {
-  if (!R.shared && c.rblk != blk->lin + 1) { bool other = c.rblk != 0; clear_reads(c); c.rblk = blk->lin + 1; if (other) c.flags |= kOther; }
-  c.rsite = s; uint32_t now = vc[t][t];
-  if (c.many) { (*c.many)[t] = now; return; }
-  int k = 0; for (int i = 0; i < c.nr; i++) if (c.r[i].tid != t && !hb(t, c.r[i].tid, c.r[i].clk)) c.r[k++] = c.r[i];
-  if (k < 8) { c.r[k++] = {now, (uint16_t)t}; c.nr = k; return; }
-  c.many = new std::vector<uint32_t>(N + 1, 0); for (int i = 0; i < k; i++) (*c.many)[c.r[i].tid] = c.r[i].clk; (*c.many)[t] = now; c.nr = 0;
+
+void write_bytes(int tid, const void* p, size_t bytes, Where where) {
+  for_each_byte(p, bytes, [&](Region& r, size_t offset) {
+    check_write(r, offset, tid, where, false);
+    set_write(r.cells[offset], tid, c.clocks[tid][tid], where, Cell::kInitialised | Cell::kGeneric);
+  });
 }
-void do_write(Region& R, size_t off, int t, uint64_t s, bool atomic) {
-  Cell& c = R.c[off];
-  check_write_order(R, c, off, t, s, true, atomic);
-  if (c.rpend) race("write while an async operation may still read", R, off, t, s, c.rpend ? 0 : -1, c.rsite);
-  if (!R.shared && (c.flags & kOther || (c.rblk && c.rblk != blk->lin + 1))) race("read-write race between blocks", R, off, t, s, t, c.rsite);
-  if (c.many) { for (int u = 0; u < N; u++) if (!hb(t, u, (*c.many)[u])) { race("write races with an earlier read", R, off, t, s, u, c.rsite); break; } }
-  else for (int i = 0; i < c.nr; i++) if (!hb(t, c.r[i].tid, c.r[i].clk)) { race("write races with an earlier read", R, off, t, s, c.r[i].tid, c.rsite); break; }
-  clear_reads(c);
+
+Cell* allocate_cells(size_t bytes) { return static_cast<Cell*>(calloc(bytes, sizeof(Cell))); }
+void free_cells(Region& r) {
+  for (size_t i = 0; r.cells && i < r.size; i++) forget_readers(r.cells[i]);
+  free(r.cells);
+  r.cells = nullptr;
 }
-void set_write(Cell& c, int t, uint32_t clk, uint64_t s, int flags) { c.wtid = t; c.wclk = clk; c.wsite = s; c.wblk = blk->lin + 1; c.flags = flags; }
-void access(int t, const void* p, size_t n, bool w, uint64_t s) {
-  Region* R = find(p, n); if (!R) return;
-  size_t o = (const unsigned char*)p - R->base;
-  for (size_t i = o; i < o + n; i++)
-    if (w) { do_write(*R, i, t, s, false); set_write(R->c[i], t, vc[t][t], s, kInit | kGeneric); }
-    else { do_read(*R, i, t, s, false); note_read(*R, R->c[i], t, s); }
-}
-void join_into(std::vector<uint32_t>& d, const std::vector<uint32_t>& s) { if (d.empty()) d.assign(s.size(), 0); for (size_t i = 0; i < s.size(); i++) d[i] = std::max(d[i], s[i]); }
+
 }  // namespace
 
-bool shadow_on() { return instrumented && cfg.race; }
-void shadow_begin_launch(int threads, size_t smem) {
-  report.clear(); reports = 0; seen.clear(); if (!shadow_on()) return;
-  N = threads; sm = {nullptr, smem, (Cell*)calloc(smem, sizeof(Cell)), "shared", true};
-  for (auto& g : globals) g.c = (Cell*)calloc(g.size, sizeof(Cell));
-}
-std::string shadow_end_launch() {
-  if (!shadow_on()) return "";
-  free(sm.c); for (auto& g : globals) { free(g.c); g.c = nullptr; }
-  return reports ? std::to_string(reports) + " memory errors" + report : "";
-}
-void shadow_begin_block(Block* b) {
-  if (!shadow_on()) return;
-  sm.base = b->smem; memset((void*)sm.c, 0, sm.size * sizeof(Cell));
-  vc.assign(N, std::vector<uint32_t>(N + 1, 0)); pf = vc; fence_clk.assign(N + 1, 0); for (int i = 0; i < N; i++) vc[i][i] = 1; agent = 0; snap.clear(); active = true;
-}
-void shadow_end_block(Block*) {
-  if (!active) return;
-  active = false; for (size_t i = 0; i < sm.size; i++) clear_reads(sm.c[i]); sm.base = nullptr;
-}
-#define ON if (!active) return
-void shadow_access(int t, const void* p, size_t n, bool w, Site s) { ON; access(t, p, n, w, key(s)); }
-void shadow_atomic(int t, const void* p, size_t n, Site s) { ON; Region* R = find(p, n); if (!R) return; size_t o = (const unsigned char*)p - R->base; for (size_t i = o; i < o + n; i++) { do_write(*R, i, t, key(s), true); set_write(R->c[i], t, vc[t][t], key(s), kInit | kAtomic); } }
-void shadow_pending_write(int t, const void* p, size_t n, Site s) { ON; Region* R = find(p, n); if (!R) return; size_t o = (const unsigned char*)p - R->base; for (size_t i = o; i < o + n; i++) { do_write(*R, i, t, key(s), false); set_write(R->c[i], t, 0xffffffffu, key(s), kWPend); } }
-void shadow_complete_write(int t, const void* p, size_t n, Site s) { ON; Region* R = find(p, n); if (!R) return; size_t o = (const unsigned char*)p - R->base; for (size_t i = o; i < o + n; i++) if (R->c[i].wtid == t) set_write(R->c[i], t, vc[t][t], key(s), kInit); }
-void shadow_pending_read(int t, const void* p, size_t n, Site s) { ON; Region* R = find(p, n); if (!R) return; size_t o = (const unsigned char*)p - R->base; for (size_t i = o; i < o + n; i++) { do_read(*R, i, t, key(s), true); R->c[i].rpend++; R->c[i].rsite = key(s); } }
-void shadow_complete_read(int t, const void* p, size_t n, Site s) { ON; Region* R = find(p, n); if (!R) return; size_t o = (const unsigned char*)p - R->base; for (size_t i = o; i < o + n; i++) { if (R->c[i].rpend) R->c[i].rpend--; note_read(*R, R->c[i], t, key(s)); } }
-uint32_t shadow_async_issue(int t, const void* p, size_t n, Site s) {
-  if (!active) return 0;
-  uint32_t tok = ++agent; snap[tok] = vc[t]; snap[tok][N] = std::max(snap[tok][N], tok);
-  Region* R = find(p, n); if (!R) return tok; size_t o = (const unsigned char*)p - R->base;
-  for (size_t i = o; i < o + n; i++) {
-    Cell& c = R->c[i];
-    if (c.flags & kGeneric && c.wtid < N && c.wclk > fence_clk[c.wtid] && c.wclk > pf[t][c.wtid]) race("async-proxy write over a generic write without fence.proxy.async", *R, i, t, key(s), c.wtid, c.wsite);
-    do_write(*R, i, t, key(s), false); set_write(c, N, tok, key(s), kWPend);
-  }
-  return tok;
-}
-void shadow_async_complete(uint64_t* bar, const void* p, size_t n, uint32_t tok, Site) {
-  ON; Region* R = find(p, n); size_t o = (const unsigned char*)p - R->base;
-  for (size_t i = o; i < o + n; i++) if (R->c[i].wtid == N && R->c[i].wclk == tok) R->c[i].flags = kInit;
-  join_into(blk->mbars[bar].acc, snap[tok]); snap.erase(tok);
-}
-void shadow_join(const std::vector<int>& arrive, const std::vector<Fiber*>& wait) {
-  ON; std::vector<uint32_t> m; for (int t : arrive) join_into(m, vc[t]);
-  for (Fiber* f : wait) join_into(vc[fiber_tid(f)], m);
-  for (int t : arrive) vc[t][t]++;
-}
-void shadow_release(int t, uint64_t* bar) { ON; join_into(blk->mbars[bar].acc, vc[t]); vc[t][t]++; }
-void shadow_acquire(int t, uint64_t* bar) { ON; auto& m = blk->mbars[bar].pub; if (!m.empty()) join_into(vc[t], m); }
-void shadow_mbar_phase(uint64_t* bar) { ON; auto& m = blk->mbars[bar]; m.pub = m.acc; m.acc.clear(); }
-void shadow_mbar_use(int t, uint64_t* bar, Site s) {  // the init of an mbarrier must be visible to whoever uses it
-  ON; if (t < 0) return; Region* R = find(bar, 8); if (R) do_read(*R, (unsigned char*)bar - R->base, t, key(s), false);
-}
-void shadow_proxy_fence(int t) { ON; fence_clk[t] = vc[t][t]; pf[t] = vc[t]; vc[t][t]++; }
-void hook(const void* p, size_t n, bool w, void* pc) {
-  if (!active || !cur) return;
-  auto* q = (const unsigned char*)p;
-  if (q >= sm.base && q < sm.base + sm.size && cfg.preempt) preempt(cfg.preempt);
-  if ((q >= sm.base + sm.size && q < sm.base + sm.size + kCanary) || (q < sm.base && q >= sm.base - kCanary)) race(w ? "out-of-bounds write" : "out-of-bounds read", sm, q - sm.base, cur->tid, (uint64_t)pc, -1, 0);
-  access(cur->tid, p, n, w, (uint64_t)pc);
-}
-}}  // namespace simt::rt
+// ---- hooks ----
 
-extern "C" {
-__attribute__((visibility("default"))) void simt_register(const void* p, size_t n, const char* name) { simt::rt::globals.push_back({(const unsigned char*)p, n, nullptr, name, false}); }
-__attribute__((visibility("default"))) void simt_unregister_all() { simt::rt::globals.clear(); }
-#define H(T, N_) \
-  void __tsan_##T##N_(void* p) { simt::rt::hook(p, N_, #T[0] == 'w', __builtin_return_address(0)); } \
-  void __tsan_unaligned_##T##N_(void* p) { simt::rt::hook(p, N_, #T[0] == 'w', __builtin_return_address(0)); } \
-  void __tsan_volatile_##T##N_(void* p) { simt::rt::hook(p, N_, #T[0] == 'w', __builtin_return_address(0)); }
-H(read, 1) H(read, 2) H(read, 4) H(read, 8) H(read, 16) H(write, 1) H(write, 2) H(write, 4) H(write, 8) H(write, 16)
-void __tsan_read_range(void* p, size_t n) { simt::rt::hook(p, n, false, __builtin_return_address(0)); }
-void __tsan_write_range(void* p, size_t n) { simt::rt::hook(p, n, true, __builtin_return_address(0)); }
-void __tsan_init() { simt::rt::instrumented = true; }
-void __tsan_func_entry(void*) {}
-void __tsan_func_exit() {}
-void __tsan_vptr_update(void*, void*) {}
-void __tsan_vptr_read(void*) {}
-int __tsan_atomic32_fetch_add(volatile int* p, int v, int) { return __atomic_fetch_add(p, v, __ATOMIC_SEQ_CST); }
-char __tsan_atomic8_load(const volatile char* p, int) { return __atomic_load_n(p, __ATOMIC_SEQ_CST); }
+void hooked_access(int tid, const void* p, size_t bytes, bool is_write, const void* code) {
+  const Where where{code, 0};
+  if (is_write) {
+    write_bytes(tid, p, bytes, where);
+  } else {
+    read_bytes(tid, p, bytes, where);
+  }
 }
+
+void out_of_bounds(int tid, std::ptrdiff_t offset, bool is_write, const void* code) {
+  const char* what = is_write ? "out-of-bounds write" : "out-of-bounds read";
+  report({what, tid, {code, 0}}, c.smem, static_cast<size_t>(offset));
+}
+
+void register_region(const void* p, size_t bytes, const char* name) {
+  std::lock_guard<std::mutex> lock(regions_mutex);
+  regions.push_back({static_cast<const unsigned char*>(p), bytes, nullptr, name, false});
+}
+
+void unregister_all() {
+  std::lock_guard<std::mutex> lock(regions_mutex);
+  regions.clear();
+}
+
+// ---- launches and blocks ----
+
+void begin_launch(int threads, size_t smem_bytes) {
+  c = Checker();
+  c.threads = threads;
+  c.smem.size = smem_bytes;
+  c.smem.cells = allocate_cells(smem_bytes);
+  std::lock_guard<std::mutex> lock(regions_mutex);
+  for (Region& r : regions) r.cells = allocate_cells(r.size);
+}
+
+std::string end_launch() {
+  free_cells(c.smem);
+  std::lock_guard<std::mutex> lock(regions_mutex);
+  for (Region& r : regions) free_cells(r);
+  return c.findings ? std::to_string(c.findings) + " memory errors" + c.report : "";
+}
+
+void begin_block(unsigned index, unsigned char* smem) {
+  if (!c.smem.cells) return;  // not a checked launch
+  c.block = index;
+  c.blocks_begun++;
+  c.smem.base = smem;
+  memset(static_cast<void*>(c.smem.cells), 0, c.smem.size * sizeof(Cell));
+  c.clocks.assign(c.threads, Clock(c.threads + 1, 0));
+  for (int tid = 0; tid < c.threads; tid++) c.clocks[tid][tid] = 1;
+  c.proxy_fenced.assign(c.threads, Clock(c.threads + 1, 0));
+  c.own_fence.assign(c.threads, 0);
+  c.foreign.assign(c.threads, nullptr);
+  c.device_fenced.assign(c.threads, nullptr);
+  c.observed.assign(c.threads, nullptr);
+  c.bars.clear();
+  c.load_token = 0;
+  c.load_clocks.clear();
+  c.active = true;
+}
+
+void end_block() {
+  if (!c.active) return;
+  c.active = false;
+  for (size_t i = 0; i < c.smem.size; i++) forget_readers(c.smem.cells[i]);
+  c.smem.base = nullptr;
+}
+
+// ---- accesses of emulated instructions ----
+
+void read(int tid, const void* p, size_t bytes, rt::Site at) { read_bytes(tid, p, bytes, at_site(at)); }
+void write(int tid, const void* p, size_t bytes, rt::Site at) { write_bytes(tid, p, bytes, at_site(at)); }
+
+void begin_async_write(int tid, const void* p, size_t bytes, rt::Site at) {
+  for_each_byte(p, bytes, [&](Region& r, size_t offset) {
+    check_write(r, offset, tid, at_site(at), false);
+    set_write(r.cells[offset], tid, UINT32_MAX, at_site(at), Cell::kWriteInFlight);
+  });
+}
+void end_async_write(int tid, const void* p, size_t bytes, rt::Site at) {
+  for_each_byte(p, bytes, [&](Region& r, size_t offset) {
+    if (r.cells[offset].write_tid != tid) return;
+    set_write(r.cells[offset], tid, c.clocks[tid][tid], at_site(at), Cell::kInitialised);
+  });
+}
+
+void begin_async_read(int tid, const void* p, size_t bytes, rt::Site at) {
+  for_each_byte(p, bytes, [&](Region& r, size_t offset) {
+    Cell& cell = r.cells[offset];
+    check_read(r, offset, tid, at_site(at));
+    if (!proxy_is_ordered(cell, tid)) {
+      report({"async-proxy read of a generic write without fence.proxy.async", tid, at_site(at)}, r, offset,
+             cell.write_tid, cell.write_where);
+    }
+    cell.reads_in_flight++;
+    cell.read_where = at_site(at);
+  });
+}
+void end_async_read(int tid, const void* p, size_t bytes, rt::Site at) {
+  for_each_byte(p, bytes, [&](Region& r, size_t offset) {
+    Cell& cell = r.cells[offset];
+    if (cell.reads_in_flight) cell.reads_in_flight--;
+    note_read(r, cell, tid, at_site(at));
+  });
+}
+
+uint32_t begin_bulk_load(int tid, const void* p, size_t bytes, rt::Site at) {
+  if (!c.active) return 0;
+  const uint32_t token = ++c.load_token;
+  Clock& clock = c.load_clocks[token] = c.clocks[tid];
+  clock[c.threads] = std::max(clock[c.threads], token);
+  for_each_byte(p, bytes, [&](Region& r, size_t offset) {
+    Cell& cell = r.cells[offset];
+    if (!proxy_is_ordered(cell, tid)) {
+      report({"async-proxy write over a generic write without fence.proxy.async", tid, at_site(at)}, r, offset,
+             cell.write_tid, cell.write_where);
+    }
+    check_write(r, offset, tid, at_site(at), false);
+    set_write(cell, c.threads, token, at_site(at), Cell::kWriteInFlight);
+  });
+  return token;
+}
+
+void end_bulk_load(uint32_t token, const uint64_t* bar, const void* p, size_t bytes) {
+  if (!c.active) return;
+  for_each_byte(p, bytes, [&](Region& r, size_t offset) {
+    Cell& cell = r.cells[offset];
+    if (cell.write_tid == c.threads && cell.write_clock == token) cell.flags = Cell::kInitialised;
+  });
+  join_into(c.bars[bar].current, c.load_clocks[token]);
+  c.load_clocks.erase(token);
+}
+
+void atomic(int tid, const void* p, rt::Site at) {
+  if (!c.active) return;
+  for_each_byte(p, 4, [&](Region& r, size_t offset) {
+    check_write(r, offset, tid, at_site(at), true);
+    set_write(r.cells[offset], tid, c.clocks[tid][tid], at_site(at), Cell::kInitialised | Cell::kAtomic);
+  });
+  SharedForeign& published = c.published[p];
+  c.observed[tid] = join(c.observed[tid], published);
+  if (c.device_fenced[tid]) published = join(published, c.device_fenced[tid]);
+}
+
+// ---- order ----
+
+void join(const std::vector<int>& arrivals, const std::vector<int>& waiters) {
+  if (!c.active) return;
+  Clock all;
+  SharedForeign foreign;
+  for (int tid : arrivals) {
+    join_into(all, c.clocks[tid]);
+    foreign = join(foreign, c.foreign[tid]);
+  }
+  for (int tid : waiters) {
+    join_into(c.clocks[tid], all);
+    c.foreign[tid] = join(c.foreign[tid], foreign);
+  }
+  for (int tid : arrivals) tick(tid);
+}
+
+void mbar_init(const uint64_t* bar) {
+  if (c.active) c.bars[bar] = {};
+}
+
+void mbar_use(int tid, const uint64_t* bar, rt::Site at) {
+  for_each_byte(bar, 1, [&](Region& r, size_t offset) { check_read(r, offset, tid, at_site(at)); });
+}
+
+void mbar_arrive(int tid, const uint64_t* bar) {
+  if (!c.active) return;
+  join_into(c.bars[bar].current, c.clocks[tid]);
+  tick(tid);
+}
+
+void mbar_wait(int tid, const uint64_t* bar) {
+  if (!c.active) return;
+  const Clock& completed = c.bars[bar].completed;
+  if (!completed.empty()) join_into(c.clocks[tid], completed);
+}
+
+void mbar_phase_complete(const uint64_t* bar) {
+  if (!c.active) return;
+  auto& clocks = c.bars[bar];
+  clocks.completed = std::move(clocks.current);
+  clocks.current.clear();
+}
+
+void fence_proxy_async(int tid) {
+  if (!c.active) return;
+  c.own_fence[tid] = c.clocks[tid][tid];
+  c.proxy_fenced[tid] = c.clocks[tid];
+  tick(tid);
+}
+
+// Acquires what this thread's earlier atomics have observed, and lets its later ones publish all it knows.
+void fence_device(int tid) {
+  if (!c.active) return;
+  if (const SharedForeign seen = c.observed[tid]) {
+    const auto own = seen->find(c.block);
+    if (own != seen->end()) join_into(c.clocks[tid], own->second);
+    c.foreign[tid] = join(c.foreign[tid], seen);
+  }
+  auto known = std::make_shared<Foreign>(c.foreign[tid] ? *c.foreign[tid] : Foreign());
+  (*known)[c.block] = c.clocks[tid];
+  c.device_fenced[tid] = known;
+  tick(tid);
+}
+
+}  // namespace race
+}  // namespace simt

@@ -1,0 +1,126 @@
+"""Greedy decoding of the transformer over a paged cache: one token a step, and with token trees.
+
+Both use the same operators; plain decoding is a tree of one node. Drafts come from Token Recycling: a table that
+remembers, for every byte, the most likely successors the model itself gave last.
+"""
+
+import time
+from dataclasses import dataclass
+
+import torch
+
+import tilewise.speculative as spec
+from tilewise.demo.data import Corpus
+from tilewise.demo.models import VOCABULARY, Transformer
+
+PAGE, PROMPTS, PROMPT_LENGTH, NEW_TOKENS = 16, 4, 192, 192
+BRANCHING = 8  # successors remembered per byte
+
+
+@dataclass
+class Decoded:
+    tokens: list[list[int]]  # per prompt
+    steps: int
+    seconds: float
+
+    @property
+    def count(self) -> int:
+        return sum(map(len, self.tokens))
+
+    @property
+    def rate(self) -> float:
+        return self.count / self.seconds
+
+    @property
+    def tokens_per_step(self) -> float:
+        return self.count / (self.steps * len(self.tokens))
+
+
+class PagedTransformer:
+    """The model with a paged cache per layer; rows of the block table are the prompts."""
+
+    def __init__(self, model: Transformer, batch: int, capacity: int):
+        self.model, pages = model, -(-capacity // PAGE)
+        attention = model.blocks[0].attention
+        shape = (batch * pages, PAGE, attention.kv_heads, attention.head_dim)
+        self.caches = [(torch.zeros(shape), torch.zeros(shape)) for _ in model.blocks]
+        # Pages of a sequence are scattered over the pool, as they are in a server.
+        self.block_table = torch.randperm(batch * pages).view(batch, pages).to(torch.int32)
+        self.lengths = torch.zeros(batch, dtype=torch.int32)  # tokens whose keys and values are cached
+
+    def forward(self, tree: spec.DraftTree) -> torch.Tensor:
+        """Logits (B, N, 256) of every node; the nodes' keys and values go behind the cached ones."""
+        links = spec.tree_finalize(tree.parent, tree.n_nodes, self.lengths)
+
+        def attend(layer):
+            k_pages, v_pages = self.caches[layer]
+
+            def run(q, k, v):
+                rows = (t.transpose(1, 2) for t in (k, v))
+                spec.append_kv(k_pages, v_pages, self.block_table, self.lengths, *rows, n_nodes=tree.n_nodes)
+                q = q.transpose(1, 2)
+                bits = links.ancestor_bits
+                out = spec.tree_attention(q, k_pages, v_pages, self.block_table, self.lengths, bits)
+                return out.transpose(1, 2)
+
+            return run
+
+        return self.model(tree.tokens.long(), links.positions.clamp(min=0), attend)
+
+    def accept(self, verified: spec.Verified) -> None:
+        """Keeps the root and the accepted nodes in the cache, in their order."""
+        spec.compact_kv(self.caches, self.block_table, self.lengths, verified.path, verified.accept_len)
+        self.lengths += verified.accept_len + 1
+
+
+def _chain(tokens: torch.Tensor) -> spec.DraftTree:
+    batch, length = tokens.shape
+    parent = (torch.arange(length, dtype=torch.int32) - 1).repeat(batch, 1)
+    return spec.DraftTree(parent, tokens.to(torch.int32), torch.full((batch,), length, dtype=torch.int32))
+
+
+@torch.no_grad()
+def _decode(model: Transformer, prompts: torch.Tensor, draft, report) -> Decoded:
+    """``draft(table, root)`` proposes a tree for root tokens (B,)."""
+    batch, length = prompts.shape
+    paged = PagedTransformer(model, batch, length + NEW_TOKENS + 2 * spec.MAX_NODES)
+    table = torch.zeros(VOCABULARY, BRANCHING, dtype=torch.int32)
+    logits = paged.forward(_chain(prompts))
+    paged.lengths += length
+    spec.table_update(table, prompts.to(torch.int32), logits.topk(BRANCHING).indices.to(torch.int32))
+    root = logits[:, -1].argmax(-1).to(torch.int32)
+    tokens = [[int(t)] for t in root]
+    begin, steps = time.perf_counter(), 0
+    while min(map(len, tokens)) < NEW_TOKENS:
+        tree = draft(table, root)
+        logits = paged.forward(tree)
+        verified = spec.verify_greedy(tree.parent, tree.tokens, logits, n_nodes=tree.n_nodes)
+        paged.accept(verified)
+        spec.table_update(table, tree.tokens, logits.topk(BRANCHING).indices.to(torch.int32))
+        root = verified.out_tokens.gather(1, verified.accept_len.long().unsqueeze(1)).squeeze(1)
+        for row, new, count in zip(tokens, verified.out_tokens.tolist(), verified.accept_len.tolist(), strict=True):
+            row += new[: count + 1]
+        steps += 1
+        report(min(map(len, tokens)))
+    seconds = time.perf_counter() - begin
+    return Decoded([row[:NEW_TOKENS] for row in tokens], steps, seconds)
+
+
+def compare(model: Transformer, corpus: Corpus, progress) -> tuple[Decoded, Decoded]:
+    """Plain and tree decoding of the same held-out prompts."""
+    prompts = Corpus.windows(corpus.held_out, PROMPTS, PROMPT_LENGTH - 1, torch.Generator().manual_seed(4))
+    template = spec.DEFAULT_TEMPLATE
+
+    def one_node(_table, root):
+        return _chain(root.unsqueeze(1))
+
+    def recycled(table, root):
+        return spec.tree_from_template(template, table, root)
+
+    found = []
+    for title, draft in (("one token a step", one_node), ("token trees", recycled)):
+        bar = progress.add_task(f"decoding, {title}", total=NEW_TOKENS)
+        report = lambda done, bar=bar: progress.update(bar, completed=done)  # noqa: E731
+        found.append(_decode(model, prompts, draft, report))
+        progress.remove_task(bar)
+    return found[0], found[1]
