@@ -60,13 +60,12 @@ struct Conv2 {
                          F::n / 4);
     finish_copies();
     const RowRange rows = rows_of_block(p);
-    const float spectrum_scale = p.spectrum_scale[head];
     float dot = 0.f;
-    for (int b = rows.begin + warp_id(); b < rows.end; b += kWarps) dot += row(p, s, b, head, spectrum_scale);
+    for (int b = rows.begin + warp_id(); b < rows.end; b += kWarps) dot += row(p, s, b, head);
     write_dot(p.dots, s.slots, dot);
   }
 
-  SIMT_DEVICE static float row(const Params& p, const Smem& s, int b, int head, float spectrum_scale) {
+  SIMT_DEVICE static float row(const Params& p, const Smem& s, int b, int head) {
     const int lane = lane_id();
     typename F::Operand x;
     const float in_scale = F::load(x, p.in.row(b, head), p.in_gate.row(b, head), {p.length, p.vector});
@@ -81,13 +80,13 @@ struct Conv2 {
         pack_multiply<false>(z.re[j], z.im[j], cr[j], ci[j], load16(&s.spectrum[m][j][lane]));
       F::inverse(y, z, s.tables, m);
     }
-    const RowEnd<T> end = row_end(p, b, head, spectrum_scale, in_scale);
+    const RowEnd<T> end = {p, b, head, in_scale};
     const auto at = [lane](int i) { return F::output_at(i, lane); };
     const auto value = [&y](int group, int i) -> float& { return F::output(y, group, i); };
     constexpr int V = 2 * F::J, G = 2 * F::A;
     end.template add_skip<V, G>(at, value);
     Words<V> gates[G];
-    if (end.gate[0]) load_groups<V>(gates, end.gate[0], end.extent, at);
+    end.load_gates(gates, at);
     return end.template store<V, G>(gates, at, value);
   }
 };
@@ -115,25 +114,24 @@ struct Conv3 {
     if constexpr (SpectrumInSmem) copy_words<kThreads>(s.spectrum, spectrum, F::n / 4);
     finish_copies();
     const RowRange rows = rows_of_block(p);
-    const float spectrum_scale = p.spectrum_scale[head];
-    typename F::Constants constants;
-    F::load_constants(constants, s.tables);
     float dot = 0.f;
     for (int b = rows.begin; b < rows.end; b++) {
       typename F::Operand x;
       const float in_scale = F::load(x, s.slots, p.in.row(b, head), p.in_gate.row(b, head), {p.length, p.vector});
       F::factor1(s.exchange, x, s.tables);
       sync_block();
-      units(s, constants, SpectrumInSmem ? &s.spectrum[0][0][0] : spectrum);
+      units(s, SpectrumInSmem ? &s.spectrum[0][0][0] : spectrum);
       sync_block();
-      dot += end_row(p, s, row_end(p, b, head, spectrum_scale, in_scale));
+      dot += end_row(s, {p, b, head, in_scale});
     }
     write_dot(p.dots, s.slots, dot);
   }
 
   // A warp's values of k1, one at a time: a 16 x 16 transform, product and inverse in registers.
-  SIMT_DEVICE static void units(Smem& s, const typename F::Constants& constants, const uint4* spectrum) {
+  SIMT_DEVICE static void units(Smem& s, const uint4* spectrum) {
     const int lane = lane_id();
+    typename F::Constants constants;  // for these lines only: 32 registers
+    F::load_constants(constants, s.tables);
 #pragma unroll 1
     for (int q = 0; q < F::kUnits; q++) {
       const int k1 = q * Warps + warp_id();
@@ -148,12 +146,12 @@ struct Conv3 {
     }
   }
 
-  SIMT_DEVICE static float end_row(const Params& p, const Smem& s, const RowEnd<T>& end) {
+  SIMT_DEVICE static float end_row(const Smem& s, const RowEnd<T>& end) {
     const int lane = lane_id();
     const auto at = [lane](int i) { return F::output_at(i, lane); };
     constexpr int V = F::J, G = 4 * F::A;
     Words<V> gates[G];
-    if (end.gate[0]) load_groups<V>(gates, end.gate[0], end.extent, at);  // on their way during the last factor
+    end.load_gates(gates, at);  // on their way during the last factor
     typename F::Accumulators y = {};
     const auto value = [&y](int group, int i) -> float& { return F::output(y, group, i); };
     end.template add_skip<V, G>(at, value);

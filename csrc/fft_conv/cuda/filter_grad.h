@@ -16,7 +16,7 @@ SIMT_DEVICE void add_correlation(float (&sr)[4], float (&si)[4], const float (&g
 }
 
 // The surplus phase of the symmetric first factor cancels in G conj(U), while the inverse still takes it away: put it
-// back. Returns fp16 words of both rows of a C tile: (re, im) of e(-(k1 - 1/4) / (4 N1)) for rows g and g + 8.
+// back. It is e(-(k1 - 1/4) / (4 N1)).
 template <int N1>
 SIMT_DEVICE float2 surplus_phase(int k1) {
   return cos_sin_pi(static_cast<float>(4 * k1 - 1) / (8 * N1));
@@ -37,7 +37,7 @@ SIMT_DEVICE float max_abs_pair(const float (&re)[G][4], const float (&im)[G][4])
   return fmaxf(max_abs<4>(re), max_abs<4>(im));
 }
 
-// Below 2^kSumTop the sum's inverse stays below 2^15 (see row_top).
+// The sum is complex: one bit less than a real row.
 SIMT_DEVICE float sum_scale(float amax, int top) {
   return scale_below(amax, top - 1);
 }
@@ -115,8 +115,8 @@ struct FilterGrad2 {
   }
 };
 
-// Three factors: one block a row, or one of Parts blocks, each with its share of the values of k1 and its own reading of
-// the row: two sums of all of 16K do not fit the registers.
+// Three factors: one block a row, or one of Parts blocks, each with its share of the values of k1 and its own reading
+// of the row: two sums of all of 16K do not fit the registers.
 template <class T, int N1, int Warps, int Parts>
 struct FilterGrad3 {
   using F = ThreeFactors<N1, Warps, N1 / 16 / Parts>;
@@ -140,8 +140,6 @@ struct FilterGrad3 {
     copy_words<kThreads>(s.twiddles, p.tables + F::kTableWords + part() * F::kRows * 64, F::kRows * 64);
     finish_copies();
     const RowRange rows = rows_of_block(p);
-    typename F::Constants constants;
-    F::load_constants(constants, s.tables);
     Sum sr = {}, si = {};
     for (int b = rows.begin; b < rows.end; b++) {
       typename F::Operand x;
@@ -150,15 +148,16 @@ struct FilterGrad3 {
       const float g_scale = F::load(x, s.slots[1], p.dy.row(b, h), p.dy_gate.row(b, h), {p.length, p.vector});
       F::factor1(s.g, x, s.tables, first_block());
       sync_block();
-      add_row(sr, si, s, constants, reciprocal(u_scale) * reciprocal(g_scale));
+      add_row(sr, si, s, reciprocal(u_scale) * reciprocal(g_scale));
       sync_block();
     }
-    write(p, s, sr, si, constants);
+    write(p, s, sr, si);
   }
 
-  SIMT_DEVICE static void add_row(Sum& sr, Sum& si, const Smem& s, const typename F::Constants& constants,
-                                  float scale) {
+  SIMT_DEVICE static void add_row(Sum& sr, Sum& si, const Smem& s, float scale) {
     const int lane = lane_id();
+    typename F::Constants constants;
+    F::load_constants(constants, s.tables);
 #pragma unroll
     for (int q = 0; q < F::kUnits; q++) {
       const int row = q * Warps + warp_id();
@@ -171,10 +170,11 @@ struct FilterGrad3 {
     }
   }
 
-  SIMT_DEVICE static void write(const Params& p, Smem& s, const Sum& sr, const Sum& si,
-                                const typename F::Constants& constants) {
+  SIMT_DEVICE static void write(const Params& p, Smem& s, const Sum& sr, const Sum& si) {
     const int lane = lane_id();
     const float scale = sum_scale(F::block_max(s.slots[0], max_abs_pair(sr, si)), F::kTop);
+    typename F::Constants constants;
+    F::load_constants(constants, s.tables);
 #pragma unroll
     for (int q = 0; q < F::kUnits; q++) {
       const int row = q * Warps + warp_id();
@@ -204,7 +204,7 @@ struct FilterGrad3 {
 #pragma unroll
       for (int i = 0; i < F::J; i += 2) {
         const uint2 pair = {f32_bits(F::output(y, group, i) * scale), f32_bits(F::output(y, group, i + 1) * scale)};
-        *reinterpret_cast<uint2*>(out + F::output_at(group, lane_id()) + i) = pair;
+        store8(out + F::output_at(group, lane_id()) + i, pair);
       }
   }
 };

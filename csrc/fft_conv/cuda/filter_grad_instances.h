@@ -14,7 +14,8 @@ const char* launch_filter_grad(int n, dim3 grid, const FilterGradParams<T>& p, v
     case 2048: return launch_if_built<FilterGrad2<T, 64, 32>, kAll>(grid, p, stream);
     case 4096: return launch_if_built<FilterGrad3<T, 16, 4, 1>, kFew>(grid, p, stream);
     case 8192: return launch_if_built<FilterGrad3<T, 32, 8, 1>, kAll>(grid, p, stream);
-    default: return launch_if_built<FilterGrad3<T, 64, 8, kParts16k>, kAll>(dim3(kParts16k * grid.x, grid.y), p, stream);
+    default:
+      return launch_if_built<FilterGrad3<T, 64, 8, kParts16k>, kAll>(dim3(kParts16k * grid.x, grid.y), p, stream);
   }
 }
 

@@ -36,14 +36,16 @@ inline Factors factors_of(int n) {
   }
 }
 
+constexpr int kParts16k = 2;  // blocks that share a row of 16K points in the filter gradient
+inline int partials_per_block(int n) {
+  return n <= 2048 ? 4 : n <= 8192 ? 1 : kParts16k;
+}
+
 // Grid (heads, groups of rows).
 template <class T>
 const char* launch_conv(int n, dim3 grid, const ConvParams<T>& p, void* stream);
 template <class T>
 const char* launch_filter_grad(int n, dim3 grid, const FilterGradParams<T>& p, void* stream);
-inline int partials_per_block(int n) {
-  return n <= 2048 ? 4 : 1;
-}
 
 const char* launch_conv32(int n, bool conjugate, dim3 grid, const ConvParams<float>& p, void* stream);
 const char* launch_filter_grad32(int n, dim3 grid, const FilterGradParams<float>& p, void* stream);

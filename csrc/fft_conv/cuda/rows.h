@@ -17,10 +17,10 @@ SIMT_DEVICE Words<V> load_vector(const void* p) {
     const uint4 q = load16(p);
     r.w[0] = q.x, r.w[1] = q.y, r.w[2] = q.z, r.w[3] = q.w;
   } else if constexpr (V == 4) {
-    const uint2 q = *static_cast<const uint2*>(p);
+    const uint2 q = load8(p);
     r.w[0] = q.x, r.w[1] = q.y;
   } else {
-    r.w[0] = *static_cast<const uint32_t*>(p);
+    r.w[0] = load4(p);
   }
   return r;
 }
@@ -30,9 +30,9 @@ SIMT_DEVICE void store_vector(void* p, const Words<V>& r) {
   if constexpr (V == 8) {
     store16(p, uint4{r.w[0], r.w[1], r.w[2], r.w[3]});
   } else if constexpr (V == 4) {
-    *static_cast<uint2*>(p) = uint2{r.w[0], r.w[1]};
+    store8(p, uint2{r.w[0], r.w[1]});
   } else {
-    *static_cast<uint32_t*>(p) = r.w[0];
+    store4(p, r.w[0]);
   }
 }
 
@@ -68,7 +68,7 @@ SIMT_DEVICE void load_groups(Words<V> (&w)[G], const T* row, const Extent& exten
   }
 }
 
-template <class T, int V, class At>
+template <class T, int V>
 SIMT_DEVICE void store_group(const float (&v)[V], T* row, const Extent& extent, int at) {
   Words<V> w;
 #pragma unroll
@@ -142,25 +142,24 @@ SIMT_DEVICE void pack_operand(uint32_t (&x)[A][2][J], const float (&v)[4 * A][J]
 }
 
 // The last steps of a row, on accumulators that a thread sees as G groups of V consecutive elements: value(g, i) is a
-// reference, at(g) its position.
+// reference, at(g) its position. Row addresses are computed where they are needed: registers are scarce.
 template <class T>
 struct RowEnd {
-  const T *in, *in_gate;
-  const T* gate[2];
-  T* out[2];
-  Extent extent;
-  float skip;   // in units of the accumulators
-  float scale;  // of the accumulators
-  bool with_skip, with_dot;
+  const ConvParams<T>& p;
+  int b, h;
+  float in_scale;  // the accumulators are z * in_scale / spectrum_scale
+
+  SIMT_DEVICE Extent extent() const { return {p.length, p.vector}; }
 
   template <int V, int G, class At, class Value>
   SIMT_DEVICE void add_skip(At at, Value value) const {
     constexpr int kBatch = V < 16 ? 16 / V : 1;  // groups at a time: few registers, yet several loads on their way
-    if (!with_skip) return;
+    if (!p.skip) return;
+    const float skip = p.skip[h] * in_scale * reciprocal(p.spectrum_scale[h]);
 #pragma unroll
     for (int first = 0; first < G; first += kBatch) {
       float v[kBatch][V];
-      load_gated(v, in, in_gate, extent, [&](int g) { return at(first + g); });
+      load_gated(v, p.in.row(b, h), p.in_gate.row(b, h), extent(), [&](int g) { return at(first + g); });
 #pragma unroll
       for (int g = 0; g < kBatch; g++)
 #pragma unroll
@@ -168,9 +167,15 @@ struct RowEnd {
     }
   }
 
-  // gates: gate[0] at the same groups, loaded early (unused where gate[0] is null). Returns the dot products.
+  template <int V, int G, class At>
+  SIMT_DEVICE void load_gates(Words<V> (&gates)[G], At at) const {
+    if (p.gate[0].data) load_groups<V>(gates, p.gate[0].row(b, h), extent(), at);
+  }
+
+  // Returns the dot products v gate[0] gate[1].
   template <int V, int G, class At, class Value>
   SIMT_DEVICE float store(const Words<V> (&gates)[G], At at, Value value) const {
+    const float scale = p.spectrum_scale[h] * reciprocal(in_scale);
     float dot = 0.f;
 #pragma unroll
     for (int g = 0; g < G; g++) {
@@ -178,10 +183,10 @@ struct RowEnd {
 #pragma unroll
       for (int i = 0; i < V; i++) {
         z[i] = value(g, i) * scale;
-        y[i] = gate[0] ? z[i] * element<T>(gates[g], i) : z[i];
+        y[i] = p.gate[0].data ? z[i] * element<T>(gates[g], i) : z[i];
       }
-      if (out[0]) store_group<T, V, At>(y, out[0], extent, at(g));
-      if (gate[1]) dot += store_second<V>(z, gates[g], at(g));
+      if (p.out[0].data) store_group<T>(y, p.out[0].row(b, h), extent(), at(g));
+      if (p.gate[1].data) dot += store_second<V>(z, gates[g], at(g));
     }
     return dot;
   }
@@ -190,37 +195,23 @@ struct RowEnd {
   SIMT_DEVICE float store_second(const float (&z)[V], const Words<V>& first, int n) const {
     const auto at = [n](int) { return n; };
     Words<V> second[1];
-    load_groups<V>(second, gate[1], extent, at);
-    if (out[1]) {
+    load_groups<V>(second, p.gate[1].row(b, h), extent(), at);
+    if (p.out[1].data) {
       float y[V];
 #pragma unroll
       for (int i = 0; i < V; i++) y[i] = z[i] * element<T>(second[0], i);
-      store_group<T, V, decltype(at)>(y, out[1], extent, n);
+      store_group<T>(y, p.out[1].row(b, h), extent(), n);
     }
-    if (!with_dot) return 0.f;
+    if (!p.dots) return 0.f;
     float v[1][V], dot = 0.f;
-    load_gated(v, in, in_gate, extent, at);
+    load_gated(v, p.in.row(b, h), p.in_gate.row(b, h), extent(), at);
 #pragma unroll
     for (int i = 0; i < V; i++) {
       const float w = v[0][i] * element<T>(second[0], i);
-      dot += gate[0] ? w * element<T>(first, i) : w;
+      dot += p.gate[0].data ? w * element<T>(first, i) : w;
     }
     return dot;
   }
 };
-
-template <class T>
-SIMT_DEVICE RowEnd<T> row_end(const ConvParams<T>& p, int b, int h, float spectrum_scale, float in_scale) {
-  const float skip = p.skip ? p.skip[h] : 0.f;
-  return {p.in.row(b, h),
-          p.in_gate.row(b, h),
-          {p.gate[0].row(b, h), p.gate[1].row(b, h)},
-          {p.out[0].row(b, h), p.out[1].row(b, h)},
-          {p.length, p.vector},
-          skip * in_scale * reciprocal(spectrum_scale),
-          spectrum_scale * reciprocal(in_scale),
-          p.skip != nullptr,
-          p.dots != nullptr};
-}
 
 }  // namespace tilewise::fft_conv

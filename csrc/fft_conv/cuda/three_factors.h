@@ -16,8 +16,8 @@ namespace tilewise::fft_conv {
 template <int N1, int Warps_, int Blocks = N1 / 16>
 struct ThreeFactors {
   static constexpr int n = N1 * 256, A = N1 / 16, Warps = Warps_;
-  static constexpr int J = 32 / Warps;       // column tiles of a warp in factor 1 = consecutive j3 of a lane
-  static constexpr int kRows = 16 * Blocks;      // values of k1 of the block
+  static constexpr int J = 32 / Warps;          // column tiles of a warp in factor 1 = consecutive j3 of a lane
+  static constexpr int kRows = 16 * Blocks;     // values of k1 of the block
   static constexpr int kUnits = kRows / Warps;  // and of a warp
   static constexpr int kTop = row_top(n);
 
