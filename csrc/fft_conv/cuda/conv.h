@@ -81,7 +81,7 @@ struct Conv2 {
       F::inverse(y, z, s.tables, m);
     }
     const RowEnd<T> end = {p, b, head, in_scale};
-    const auto at = [lane](int i) { return F::output_at(i, lane); };
+    const typename F::Output at;
     const auto value = [&y](int group, int i) -> float& { return F::output(y, group, i); };
     constexpr int V = 2 * F::J, G = 2 * F::A;
     end.template add_skip<V, G>(at, value);
@@ -147,8 +147,7 @@ struct Conv3 {
   }
 
   SIMT_DEVICE static float end_row(const Smem& s, const RowEnd<T>& end) {
-    const int lane = lane_id();
-    const auto at = [lane](int i) { return F::output_at(i, lane); };
+    const typename F::Output at;
     constexpr int V = F::J, G = 4 * F::A;
     Words<V> gates[G];
     end.load_gates(gates, at);  // on their way during the last factor

@@ -103,6 +103,7 @@ struct FilterGrad2 {
   }
 
   SIMT_DEVICE static void write_plane(float* out, typename F::Accumulators& y, float scale) {
+    const typename F::Output at;
 #pragma unroll
     for (int group = 0; group < 2 * F::A; group++)
 #pragma unroll
@@ -110,7 +111,7 @@ struct FilterGrad2 {
         uint32_t w[4];
 #pragma unroll
         for (int c = 0; c < 4; c++) w[c] = f32_bits(F::output(y, group, i + c) * scale);
-        store16(out + F::output_at(group, lane_id()) + i, uint4{w[0], w[1], w[2], w[3]});
+        store16(out + at.base + F::Output::offset(group) + i, uint4{w[0], w[1], w[2], w[3]});
       }
   }
 };
@@ -197,6 +198,7 @@ struct FilterGrad3 {
 
   template <bool Imaginary>
   SIMT_DEVICE static void write_plane(float* out, const Smem& s, float scale) {
+    const typename F::Output at;
     typename F::Accumulators y = {};
     F::template inverse1<Imaginary>(y, s.u, s.tables, first_block());
 #pragma unroll
@@ -204,7 +206,7 @@ struct FilterGrad3 {
 #pragma unroll
       for (int i = 0; i < F::J; i += 2) {
         const uint2 pair = {f32_bits(F::output(y, group, i) * scale), f32_bits(F::output(y, group, i + 1) * scale)};
-        store8(out + F::output_at(group, lane_id()) + i, pair);
+        store8(out + at.base + F::Output::offset(group) + i, pair);
       }
   }
 };

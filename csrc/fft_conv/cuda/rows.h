@@ -47,47 +47,63 @@ struct Extent {
   bool vector;
 };
 
-// w[g] = the V elements of the row from at(g) on; zeros from the end of the row on. All loads go out before the first
-// is used: one branch, around all of them.
+// A thread's groups of consecutive elements: `At` has the thread's base and the constant offset(g) of group g, so that
+// all groups of a row share one address register.
+struct SingleGroup {
+  int base;
+  SIMT_HD static constexpr int offset(int) { return 0; }
+};
+
+// w[g] = the V elements of the row at group first + g; zeros from the end of the row on. All loads go out before the
+// first is used: one branch, around all of them.
 template <int V, int G, class T, class At>
-SIMT_DEVICE void load_groups(Words<V> (&w)[G], const T* row, const Extent& extent, At at) {
+SIMT_DEVICE void load_groups(Words<V> (&w)[G], const T* row, const Extent& extent, const At& at, int first = 0) {
+  const T* from = row + at.base;
+  const int left = extent.length - at.base;
   if (extent.vector) {
 #pragma unroll
     for (int g = 0; g < G; g++) {
+      const int offset = At::offset(first + g);
       w[g] = {};
-      if (at(g) < extent.length) w[g] = load_vector<V>(row + at(g));
+      if (offset < left) w[g] = load_vector<V>(from + offset);
     }
   } else {
 #pragma unroll
     for (int g = 0; g < G; g++) {
       w[g] = {};
 #pragma unroll
-      for (int i = 0; i < V; i++)
-        if (at(g) + i < extent.length) w[g].w[i / 2] |= static_cast<uint32_t>(row[at(g) + i].bits) << (16 * (i & 1));
+      for (int i = 0; i < V; i++) {
+        const int offset = At::offset(first + g) + i;
+        if (offset < left) w[g].w[i / 2] |= static_cast<uint32_t>(from[offset].bits) << (16 * (i & 1));
+      }
     }
   }
 }
 
-template <class T, int V>
-SIMT_DEVICE void store_group(const float (&v)[V], T* row, const Extent& extent, int at) {
+template <class T, int V, class At>
+SIMT_DEVICE void store_group(const float (&v)[V], T* row, const Extent& extent, const At& at, int group) {
   Words<V> w;
 #pragma unroll
   for (int i = 0; i < V / 2; i++) w.w[i] = pack2<T>(v[2 * i], v[2 * i + 1]);
+  T* to = row + at.base;
+  const int left = extent.length - at.base;
   if (extent.vector) {
-    if (at < extent.length) store_vector<V>(row + at, w);
+    if (At::offset(group) < left) store_vector<V>(to + At::offset(group), w);
   } else {
 #pragma unroll
     for (int i = 0; i < V; i++)
-      if (at + i < extent.length) row[at + i].bits = static_cast<uint16_t>(w.w[i / 2] >> (16 * (i & 1)));
+      if (At::offset(group) + i < left)
+        to[At::offset(group) + i].bits = static_cast<uint16_t>(w.w[i / 2] >> (16 * (i & 1)));
   }
 }
 
 // v[g][i] = row * gate; a null gate is 1.
 template <int V, int G, class T, class At>
-SIMT_DEVICE void load_gated(float (&v)[G][V], const T* row, const T* gate, const Extent& extent, At at) {
+SIMT_DEVICE void load_gated(float (&v)[G][V], const T* row, const T* gate, const Extent& extent, const At& at,
+                            int first = 0) {
   Words<V> w[G], q[G];
-  load_groups<V>(w, row, extent, at);
-  if (gate) load_groups<V>(q, gate, extent, at);
+  load_groups<V>(w, row, extent, at, first);
+  if (gate) load_groups<V>(q, gate, extent, at, first);
 #pragma unroll
   for (int g = 0; g < G; g++)
 #pragma unroll
@@ -142,7 +158,7 @@ SIMT_DEVICE void pack_operand(uint32_t (&x)[A][2][J], const float (&v)[4 * A][J]
 }
 
 // The last steps of a row, on accumulators that a thread sees as G groups of V consecutive elements: value(g, i) is a
-// reference, at(g) its position. Row addresses are computed where they are needed: registers are scarce.
+// reference. Row addresses are computed where they are needed: registers are scarce.
 template <class T>
 struct RowEnd {
   const ConvParams<T>& p;
@@ -152,14 +168,14 @@ struct RowEnd {
   SIMT_DEVICE Extent extent() const { return {p.length, p.vector}; }
 
   template <int V, int G, class At, class Value>
-  SIMT_DEVICE void add_skip(At at, Value value) const {
+  SIMT_DEVICE void add_skip(const At& at, Value value) const {
     constexpr int kBatch = V < 16 ? 16 / V : 1;  // groups at a time: few registers, yet several loads on their way
     if (!p.skip) return;
     const float skip = p.skip[h] * in_scale * reciprocal(p.spectrum_scale[h]);
 #pragma unroll
     for (int first = 0; first < G; first += kBatch) {
       float v[kBatch][V];
-      load_gated(v, p.in.row(b, h), p.in_gate.row(b, h), extent(), [&](int g) { return at(first + g); });
+      load_gated(v, p.in.row(b, h), p.in_gate.row(b, h), extent(), at, first);
 #pragma unroll
       for (int g = 0; g < kBatch; g++)
 #pragma unroll
@@ -168,13 +184,13 @@ struct RowEnd {
   }
 
   template <int V, int G, class At>
-  SIMT_DEVICE void load_gates(Words<V> (&gates)[G], At at) const {
+  SIMT_DEVICE void load_gates(Words<V> (&gates)[G], const At& at) const {
     if (p.gate[0].data) load_groups<V>(gates, p.gate[0].row(b, h), extent(), at);
   }
 
   // Returns the dot products v gate[0] gate[1].
   template <int V, int G, class At, class Value>
-  SIMT_DEVICE float store(const Words<V> (&gates)[G], At at, Value value) const {
+  SIMT_DEVICE float store(const Words<V> (&gates)[G], const At& at, Value value) const {
     const float scale = p.spectrum_scale[h] * reciprocal(in_scale);
     float dot = 0.f;
 #pragma unroll
@@ -185,22 +201,21 @@ struct RowEnd {
         z[i] = value(g, i) * scale;
         y[i] = p.gate[0].data ? z[i] * element<T>(gates[g], i) : z[i];
       }
-      if (p.out[0].data) store_group<T>(y, p.out[0].row(b, h), extent(), at(g));
-      if (p.gate[1].data) dot += store_second<V>(z, gates[g], at(g));
+      if (p.out[0].data) store_group<T>(y, p.out[0].row(b, h), extent(), at, g);
+      if (p.gate[1].data) dot += store_second<V>(z, gates[g], {at.base + At::offset(g)});
     }
     return dot;
   }
 
   template <int V>
-  SIMT_DEVICE float store_second(const float (&z)[V], const Words<V>& first, int n) const {
-    const auto at = [n](int) { return n; };
+  SIMT_DEVICE float store_second(const float (&z)[V], const Words<V>& first, const SingleGroup& at) const {
     Words<V> second[1];
     load_groups<V>(second, p.gate[1].row(b, h), extent(), at);
     if (p.out[1].data) {
       float y[V];
 #pragma unroll
       for (int i = 0; i < V; i++) y[i] = z[i] * element<T>(second[0], i);
-      store_group<T>(y, p.out[1].row(b, h), extent(), n);
+      store_group<T>(y, p.out[1].row(b, h), extent(), at, 0);
     }
     if (!p.dots) return 0.f;
     float v[1][V], dot = 0.f;

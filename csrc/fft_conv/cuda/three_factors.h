@@ -48,23 +48,22 @@ struct ThreeFactors {
   SIMT_DEVICE static int column_j3() { return warp_id() % (16 / J) * J; }
   SIMT_DEVICE static int column_j2h() { return warp_id() / (16 / J); }
 
-  // Where the groups of J elements of pack_operand() stand in the row, and the 4 A groups of J results.
-  SIMT_DEVICE static int input_at(int i, int lane) {
-    return (8 * (i >> 1) + 2 * (lane & 3) + (i & 1)) * 256 + (8 * column_j2h() + (lane >> 2)) * 16 + column_j3();
-  }
-  SIMT_DEVICE static int output_at(int i, int lane) {
-    const int a = i >> 2, c = i & 3;
-    return (16 * a + 8 * (c >> 1) + (lane >> 2)) * 256 + (8 * column_j2h() + 2 * (lane & 3) + (c & 1)) * 16 +
-           column_j3();
-  }
+  // Where the 4 A groups of J elements of pack_operand() stand in the row, and the 4 A groups of J results.
+  struct Input {
+    int base = 2 * (lane_id() & 3) * 256 + (8 * column_j2h() + (lane_id() >> 2)) * 16 + column_j3();
+    SIMT_HD static constexpr int offset(int i) { return (8 * (i >> 1) + (i & 1)) * 256; }
+  };
+  struct Output {
+    int base = (lane_id() >> 2) * 256 + (8 * column_j2h() + 2 * (lane_id() & 3)) * 16 + column_j3();
+    SIMT_HD static constexpr int offset(int i) { return 8 * (i >> 1) * 256 + (i & 1) * 16; }
+  };
   SIMT_DEVICE static float& output(Accumulators& y, int group, int i) { return y[group >> 2][i][group & 3]; }
 
   // One row into fp16; returns its scale. Contains a block barrier.
   template <class T>
   SIMT_DEVICE static float load(Operand& x, float (&amax)[Warps], const T* row, const T* gate, const Extent& extent) {
-    const int lane = lane_id();
     float v[4 * A][J];
-    load_gated(v, row, gate, extent, [lane](int i) { return input_at(i, lane); });
+    load_gated(v, row, gate, extent, Input());
     const float scale = scale_below(block_max(amax, max_abs(v)), kTop);
     pack_operand<A, J>(x, v, scale);
     return scale;

@@ -28,11 +28,15 @@ struct TwoFactors {
     uint32_t re[J][2], im[J][2];
   };
 
-  // Where the four groups of J elements of pack_operand() stand in the row, and the 2 A groups of 2 J results.
-  SIMT_DEVICE static int input_at(int i, int lane) {
-    return (8 * (i >> 1) + 2 * (lane & 3) + (i & 1)) * N2 + (lane >> 2) * J;
-  }
-  SIMT_DEVICE static int output_at(int i, int lane) { return (8 * i + (lane >> 2)) * N2 + (lane & 3) * 2 * J; }
+  // Where the 4 A groups of J elements of pack_operand() stand in the row, and the 2 A groups of 2 J results.
+  struct Input {
+    int base = 2 * (lane_id() & 3) * N2 + (lane_id() >> 2) * J;
+    SIMT_HD static constexpr int offset(int i) { return (8 * (i >> 1) + (i & 1)) * N2; }
+  };
+  struct Output {
+    int base = (lane_id() >> 2) * N2 + (lane_id() & 3) * 2 * J;
+    SIMT_HD static constexpr int offset(int i) { return 8 * i * N2; }
+  };
   SIMT_DEVICE static float& output(Accumulators& y, int group, int i) {
     return y[group / 2][i % J][2 * (group & 1) + i / J];
   }
@@ -40,9 +44,8 @@ struct TwoFactors {
   // One row into fp16; returns its scale.
   template <class T>
   SIMT_DEVICE static float load(Operand& x, const T* row, const T* gate, const Extent& extent) {
-    const int lane = lane_id();
     float v[4 * A][J];
-    load_gated(v, row, gate, extent, [lane](int i) { return input_at(i, lane); });
+    load_gated(v, row, gate, extent, Input());
     const float scale = scale_below(warp_max(max_abs(v)), kTop);
     pack_operand<A, J>(x, v, scale);
     return scale;
