@@ -29,6 +29,11 @@ SIMT_DEVICE float rsqrt_approx(float x) { return 1.f / sqrtf(rt::flush(x)); }
 SIMT_DEVICE float sqrt_approx(float x) { return sqrtf(rt::flush(x)); }
 SIMT_DEVICE float tanh_approx(float x) { return tanhf(x); }
 
+SIMT_DEVICE float2 cos_sin_pi(float x) {
+  const double angle = 3.14159265358979323846 * x;
+  return {static_cast<float>(cos(angle)), static_cast<float>(sin(angle))};
+}
+
 SIMT_DEVICE float to_f32(bf16 v) { return bits_f32(static_cast<uint32_t>(v.bits) << 16); }
 SIMT_DEVICE float to_f32(fp16 v) { return rt::fp16_to_f32(v.bits); }
 template <class T>
