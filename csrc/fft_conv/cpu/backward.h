@@ -17,21 +17,20 @@ struct Wants {
 };
 
 template <class T>
-inline Signal<T> gradient_row(const BackwardParams& p, int64_t b, int64_t h) {
-  return {row_of<T>(p.dy, p.dy_strides, b, h), row_of<T>(p.forward.postgate, p.forward.postgate_strides, b, h),
-          p.forward.length};
+inline Signal gradient_row(const BackwardParams& p, int64_t b, int64_t h) {
+  return signal(row_of<T>(p.dy, p.dy_strides, b, h), row_of<T>(p.forward.postgate, p.forward.postgate_strides, b, h),
+                p.forward.length);
 }
 
 // du and dpregate from g corr k, which stands in g.
 template <class T>
 inline void finish_dx(const BackwardParams& p, const Plan& plan, int64_t b, int64_t h, float* g, float* planar) {
   const ForwardParams& f = p.forward;
-  const Signal<T> input = input_row<T>(f, b, h);
-  Sink<T> dx = {row_of<T>(p.du, p.du_strides, b, h), input.gate, f.length};
-  add_skip(f, h, dx.skip, dx.skip_used);
-  dx.bypass = gradient_row<T>(p, b, h);
+  const T *u = row_of<T>(f.u, f.u_strides, b, h), *pregate = row_of<T>(f.pregate, f.pregate_strides, b, h);
+  Sink dx = sink(row_of<T>(p.du, p.du_strides, b, h), pregate, f.length);
   dx.second_out = row_of<T>(p.dpregate, p.dpregate_strides, b, h);
-  dx.second_gate = input.a;
+  dx.second_gate = u;
+  complete<T>(f, h, gradient_row<T>(p, b, h), dx);
   last_pass(plan, g, dx, f.causal ? Wrap::none : Wrap::correlation, f.length, planar);
 }
 
@@ -39,9 +38,8 @@ inline void finish_dx(const BackwardParams& p, const Plan& plan, int64_t b, int6
 template <class T>
 inline void finish_dpostgate(const BackwardParams& p, const Plan& plan, int64_t b, int64_t h, float* x, float* planar) {
   const ForwardParams& f = p.forward;
-  Sink<T> d = {row_of<T>(p.dpostgate, p.dpostgate_strides, b, h), row_of<T>(p.dy, p.dy_strides, b, h), f.length};
-  add_skip(f, h, d.skip, d.skip_used);
-  d.bypass = input_row<T>(f, b, h);
+  Sink d = sink<T>(row_of<T>(p.dpostgate, p.dpostgate_strides, b, h), row_of<T>(p.dy, p.dy_strides, b, h), f.length);
+  complete<T>(f, h, input_row<T>(f, b, h), d);
   last_pass(plan, x, d, f.causal ? Wrap::none : Wrap::convolution, f.length, planar);
 }
 
@@ -57,8 +55,8 @@ inline void backward_head(const BackwardParams& p, const Plan& plan, int64_t h, 
   if (wants.dk) __builtin_memset(sums, 0, buffer_size(plan) * sizeof(float));
   double dskip = 0;
   for (int64_t b = 0; b < f.batch; b++) {
-    const Signal<T> gradient = gradient_row<T>(p, b, h), input = input_row<T>(f, b, h);
-    if (p.dskip) dskip += dot(gradient, input);
+    const Signal gradient = gradient_row<T>(p, b, h), input = input_row<T>(f, b, h);
+    if (p.dskip) dskip += dot<T>(gradient, input);
     if (wants.dx || wants.dk) first_pass(plan, gradient, g);
     if (wants.x_spectrum()) first_pass(plan, input, x);
     walk(plan, GradientJob{g, wants.x_spectrum() ? x : nullptr, wants.dk ? sums : nullptr, k, wants.dx, wants.product});
@@ -68,7 +66,8 @@ inline void backward_head(const BackwardParams& p, const Plan& plan, int64_t h, 
   if (p.dskip) p.dskip[h] = float(dskip);
   if (!wants.dk) return;
   walk(plan, InverseJob{sums});
-  const Sink<float> dk = {p.dk + h * f.filter_length, nullptr, f.filter_length};
+  Sink dk = sink<float>(p.dk + h * f.filter_length, nullptr, f.filter_length);
+  dk.plain = true;
   last_pass(plan, sums, dk, f.causal ? Wrap::none : Wrap::correlation, f.length, buffers.planar);
 }
 

@@ -7,9 +7,8 @@ namespace {
 
 template <class T>
 inline void finish_row(const ForwardParams& p, const Plan& plan, int64_t b, int64_t h, const Buffers& buffers) {
-  Sink<T> y = {row_of<T>(p.y, p.y_strides, b, h), row_of<T>(p.postgate, p.postgate_strides, b, h), p.length};
-  add_skip(p, h, y.skip, y.skip_used);
-  y.bypass = input_row<T>(p, b, h);
+  Sink y = sink(row_of<T>(p.y, p.y_strides, b, h), row_of<T>(p.postgate, p.postgate_strides, b, h), p.length);
+  complete<T>(p, h, input_row<T>(p, b, h), y);
   last_pass(plan, buffers.transform[0], y, p.causal ? Wrap::none : Wrap::convolution, p.length, buffers.planar);
 }
 

@@ -128,29 +128,31 @@ TILEWISE_INLINE void merge_real(const Plan& plan, Complex* t) {
   }
 }
 
-// Positions from which on some of the first pass's R vectors reach beyond the row.
-inline int64_t full_positions(int64_t length, int radix, int64_t m) {
+// Positions up to which none of the first pass's R vectors reaches beyond a plain row.
+inline int64_t direct_positions(bool plain, int64_t length, int radix, int64_t m) {
   const int64_t full = length - (radix - 1) * m;
-  return full <= 0 ? 0 : min_of(full / W * W, m);
+  return !plain || full <= 0 ? 0 : min_of(full / W * W, m);
 }
 
-template <int R, class T>
-inline void first_pass(const Plan& plan, const Signal<T>& in, float* x) {
+template <int R>
+inline void first_pass(const Plan& plan, const Signal& in, float* x) {
   const int64_t m = block_size(plan), stride = block_stride(plan);
-  const int64_t full = full_positions(in.length, R, m);
-  const auto position = [&](int64_t j, const auto& load_at) TILEWISE_LAMBDA {
+  const int64_t direct = direct_positions(in.plain, in.length, R, m);
+  float fetched[R * W];
+  for (int64_t j = 0; j < m; j += W) {
     VF a[R];
+    if (j < direct) {
+      unroll<R>([&](auto s) TILEWISE_LAMBDA { a[s] = load(in.floats() + s * m + j); });
+    } else {
+      in.fetch(in, j, m, R, fetched);
+      unroll<R>([&](auto s) TILEWISE_LAMBDA { a[s] = load(fetched + s * W); });
+    }
     Complex t[R];
-    unroll<R>([&](auto s) TILEWISE_LAMBDA { a[s] = load_at(s * m + j); });
     split_real<R>(plan, a, t);
     unroll<R>([&](auto s) TILEWISE_LAMBDA { store_complex(x + s * stride + 2 * j, t[s]); });
-  };
-  int64_t j = 0;
-  for (; j < full; j += W) position(j, [&](int64_t i) TILEWISE_LAMBDA { return in.full(i); });
-  for (; j < m; j += W) position(j, [&](int64_t i) TILEWISE_LAMBDA { return in.clipped(i); });
+  }
 }
-template <class T>
-inline void first_pass(const Plan& plan, const Signal<T>& in, float* x) {
+inline void first_pass(const Plan& plan, const Signal& in, float* x) {
   with_radix(plan.first_radix, [&](auto r) { first_pass<r>(plan, in, x); });
 }
 
@@ -162,22 +164,23 @@ enum class Wrap {
 };
 
 // Writes Re z, the causal result, or Re z + sign Im z: the circular one of a period that is N itself.
-template <int R, bool kWrapped, class T>
-inline void last_pass(const Plan& plan, const float* x, const Sink<T>& out, float sign) {
+template <int R, bool kWrapped>
+inline void last_pass(const Plan& plan, const float* x, const Sink& out, float sign) {
   const int64_t m = block_size(plan), stride = block_stride(plan);
-  const int64_t full = full_positions(out.length, R, m);
-  const auto position = [&](int64_t j, const auto& store_at) TILEWISE_LAMBDA {
+  const int64_t direct = direct_positions(out.plain, out.length, R, m);
+  float results[R * W];
+  for (int64_t j = 0; j < m; j += W) {
     Complex t[R];
     unroll<R>([&](auto s) TILEWISE_LAMBDA { t[s] = load_complex(x + s * stride + 2 * j); });
     merge_real<R, kWrapped>(plan, t);
-    unroll<R>([&](auto s) TILEWISE_LAMBDA {
-      const VF v = kWrapped ? t[s].re + set1(sign) * t[s].im : t[s].re;
-      store_at(s * m + j, v);
-    });
-  };
-  int64_t j = 0;
-  for (; j < full; j += W) position(j, [&](int64_t i, VF v) TILEWISE_LAMBDA { out.full(i, v); });
-  for (; j < m; j += W) position(j, [&](int64_t i, VF v) TILEWISE_LAMBDA { out.clipped(i, v); });
+    if constexpr (kWrapped) unroll<R>([&](auto s) TILEWISE_LAMBDA { t[s].re += set1(sign) * t[s].im; });
+    if (j < direct) {
+      unroll<R>([&](auto s) TILEWISE_LAMBDA { store(out.floats() + s * m + j, t[s].re); });
+    } else {
+      unroll<R>([&](auto s) TILEWISE_LAMBDA { store(results + s * W, t[s].re); });
+      out.put(out, j, m, R, results);
+    }
+  }
 }
 
 // Both parts as plain arrays of N; re and im do not share L1 sets (kBlockPadding).
@@ -201,27 +204,26 @@ inline int64_t planar_size(const Plan& plan) {
 }
 
 // The circular result of a period below N, through both parts in `planar`.
-template <class T>
-inline void wrapped_pass(const Plan& plan, const float* x, const Sink<T>& out, Wrap wrap, int64_t period,
-                         float* planar) {
+inline void wrapped_pass(const Plan& plan, const float* x, const Sink& out, Wrap wrap, int64_t period, float* planar) {
   float *re = planar, *im = planar + plan.size + kBlockPadding;
   with_radix(plan.first_radix, [&](auto r) { last_pass_planar<r>(plan, x, re, im); });
   const int64_t short_by = plan.size - period;
-  if (wrap == Wrap::correlation) {
-    for (int64_t i = 0; i < out.length; i += W) out.clipped(i, load(re + i) - load(im + short_by + i));
-    return;
-  }
-  // z[l + L] is still in the real part for the first N - L results, of which there may be more than L
-  for (int64_t i = 0; i < out.length; i += W) {
+  // A convolution's z[l + L] is still in the real part for the first N - L results.
+  const auto other = [&](int64_t i) TILEWISE_LAMBDA {
+    if (wrap == Wrap::correlation) return -load(im + short_by + i);
     const VF in_real = load_clipped(re, i + period, plan.size);
     const VF in_imaginary = i + W > short_by ? load(im + i - short_by) : set1(0.f);
-    out.clipped(i, load(re + i) + select(first_lanes(max_of<int64_t>(short_by - i, 0)), in_real, in_imaginary));
+    return select(first_lanes(max_of<int64_t>(short_by - i, 0)), in_real, in_imaginary);
+  };
+  float result[W];
+  for (int64_t i = 0; i < out.length; i += W) {
+    store(result, load(re + i) + other(i));
+    out.put(out, i, 0, 1, result);
   }
 }
 
 // The result for rows of `length` samples; `planar` is scratch memory for circular ones.
-template <class T>
-inline void last_pass(const Plan& plan, const float* x, const Sink<T>& out, Wrap wrap, int64_t length, float* planar) {
+inline void last_pass(const Plan& plan, const float* x, const Sink& out, Wrap wrap, int64_t length, float* planar) {
   if (wrap != Wrap::none && length < plan.size) return wrapped_pass(plan, x, out, wrap, length, planar);
   with_radix(plan.first_radix, [&](auto r) {
     if (wrap == Wrap::none) return last_pass<r, false>(plan, x, out, 0);
