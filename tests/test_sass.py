@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 from harness.emulation import MODE
 from simt import sass
-
 from tilewise import _C
 
 ROOT = Path(__file__).parents[1]

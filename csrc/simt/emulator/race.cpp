@@ -157,7 +157,9 @@ void report(const Finding& f, const Region& region, size_t offset, int earlier_t
 
 // ---- order ----
 
-bool happened_before(int tid, int other, uint32_t clock) { return clock <= c.clocks[tid][other]; }
+bool happened_before(int tid, int other, uint32_t clock) {
+  return clock <= c.clocks[tid][other];
+}
 
 bool foreign_happened_before(int tid, unsigned block, int other, uint32_t clock) {
   if (!c.foreign[tid]) return false;
@@ -166,9 +168,13 @@ bool foreign_happened_before(int tid, unsigned block, int other, uint32_t clock)
 }
 
 // Later accesses of the thread are told apart from those that others now know of.
-void tick(int tid) { c.clocks[tid][tid]++; }
+void tick(int tid) {
+  c.clocks[tid][tid]++;
+}
 
-bool written_here(const Region& r, const Cell& cell) { return r.is_shared || cell.write_block == c.block + 1; }
+bool written_here(const Region& r, const Cell& cell) {
+  return r.is_shared || cell.write_block == c.block + 1;
+}
 
 bool write_is_ordered(const Region& r, const Cell& cell, int tid) {
   if (written_here(r, cell)) return happened_before(tid, cell.write_tid, cell.write_clock);
@@ -315,7 +321,9 @@ void for_each_byte(const void* p, size_t bytes, F f) {
   for (size_t offset = first; offset < first + bytes; offset++) f(*r, offset);
 }
 
-Where at_site(rt::Site at) { return {at.file, at.line}; }
+Where at_site(rt::Site at) {
+  return {at.file, at.line};
+}
 
 void read_bytes(int tid, const void* p, size_t bytes, Where where) {
   for_each_byte(p, bytes, [&](Region& r, size_t offset) {
@@ -331,7 +339,9 @@ void write_bytes(int tid, const void* p, size_t bytes, Where where) {
   });
 }
 
-Cell* allocate_cells(size_t bytes) { return static_cast<Cell*>(calloc(bytes, sizeof(Cell))); }
+Cell* allocate_cells(size_t bytes) {
+  return static_cast<Cell*>(calloc(bytes, sizeof(Cell)));
+}
 void free_cells(Region& r) {
   for (size_t i = 0; r.cells && i < r.size; i++) forget_readers(r.cells[i]);
   free(r.cells);
@@ -412,8 +422,12 @@ void end_block() {
 
 // ---- accesses of emulated instructions ----
 
-void read(int tid, const void* p, size_t bytes, rt::Site at) { read_bytes(tid, p, bytes, at_site(at)); }
-void write(int tid, const void* p, size_t bytes, rt::Site at) { write_bytes(tid, p, bytes, at_site(at)); }
+void read(int tid, const void* p, size_t bytes, rt::Site at) {
+  read_bytes(tid, p, bytes, at_site(at));
+}
+void write(int tid, const void* p, size_t bytes, rt::Site at) {
+  write_bytes(tid, p, bytes, at_site(at));
+}
 
 void begin_async_write(int tid, const void* p, size_t bytes, rt::Site at) {
   for_each_byte(p, bytes, [&](Region& r, size_t offset) {

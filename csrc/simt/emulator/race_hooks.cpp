@@ -29,7 +29,9 @@ inline void hook(const void* p, size_t bytes, bool is_write, const void* code) {
 
 }  // namespace
 
-bool enabled() { return instrumented; }
+bool enabled() {
+  return instrumented;
+}
 
 }  // namespace race
 }  // namespace simt
@@ -40,16 +42,22 @@ extern "C" {
 __attribute__((visibility("default"))) void simt_register(const void* p, size_t bytes, const char* name) {
   simt::race::register_region(p, bytes, name);
 }
-__attribute__((visibility("default"))) void simt_unregister_all() { simt::race::unregister_all(); }
+__attribute__((visibility("default"))) void simt_unregister_all() {
+  simt::race::unregister_all();
+}
 
-void __tsan_init() { simt::race::instrumented = true; }
+void __tsan_init() {
+  simt::race::instrumented = true;
+}
 void __tsan_func_entry(void*) {}
 void __tsan_func_exit(void*) {}
 void __tsan_vptr_update(void*, void*) {}
 void __tsan_vptr_read(void*) {}
 
-#define SIMT_HOOK(name, bytes, is_write) \
-  void __tsan_##name(void* p) { simt::race::hook(p, bytes, is_write, __builtin_return_address(0)); }
+#define SIMT_HOOK(name, bytes, is_write)                               \
+  void __tsan_##name(void* p) {                                        \
+    simt::race::hook(p, bytes, is_write, __builtin_return_address(0)); \
+  }
 #define SIMT_HOOKS(bytes)                                 \
   SIMT_HOOK(read##bytes, bytes, false)                    \
   SIMT_HOOK(write##bytes, bytes, true)                    \
