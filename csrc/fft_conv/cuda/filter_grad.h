@@ -162,6 +162,7 @@ struct FilterGrad3 {
 #pragma unroll
     for (int q = 0; q < F::kUnits; q++) {
       const int row = q * Warps + warp_id();
+      sync_warp();  // for the compiler: no loads of later units ahead of time, registers are short
       const uint4 w[2] = {load16(&s.twiddles[row][0][lane]), load16(&s.twiddles[row][1][lane])};
       float ur[2][4], ui[2][4], gr[2][4], gi[2][4];
       F::forward(ur, ui, s.u, constants, w, row);

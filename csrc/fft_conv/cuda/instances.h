@@ -36,7 +36,7 @@ inline Factors factors_of(int n) {
   }
 }
 
-constexpr int kParts16k = 2;  // blocks that share a row of 16K points in the filter gradient
+constexpr int kParts16k = 4;  // blocks that share a row of 16K points in the filter gradient
 inline int partials_per_block(int n) {
   return n <= 2048 ? 4 : n <= 8192 ? 1 : kParts16k;
 }
