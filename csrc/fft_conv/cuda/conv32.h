@@ -74,7 +74,7 @@ struct Conv32 {
 // Partials hold n real and n imaginary parts whether circular or not: they are also the sum over the rows, in L2.
 template <int Capacity>
 struct FilterGrad32 {
-  static constexpr int kThreads = Capacity > 4096 ? 512 : 256, kMinArch = 800, kHeld = Capacity / kThreads;
+  static constexpr int kThreads = 256, kMinArch = 800, kHeld = Capacity / kThreads;
   using Fft = Fft32<kThreads>;
   struct Params {
     FilterGradParams<float> g;

@@ -70,6 +70,7 @@ SIMT_DEVICE void load_groups(Words<V> (&w)[G], const T* row, const Extent& exten
   } else {
 #pragma unroll
     for (int g = 0; g < G; g++) {
+      if (g % 4 == 0) sync_warp();  // for the compiler: a few loads on their way will do here, registers are short
       w[g] = {};
 #pragma unroll
       for (int i = 0; i < V; i++) {
