@@ -18,7 +18,8 @@ function(tilewise_add_isa_objects target family source)
     target_compile_definitions(${objects} PRIVATE TILEWISE_ISA=${isa})
     target_compile_options(${objects} PRIVATE ${TILEWISE_FLAGS_${isa}} -O3 -Wall -nostdinc++ -fno-exceptions -fno-rtti
       -fno-threadsafe-statics -fno-asynchronous-unwind-tables -fno-math-errno -fno-trapping-math -ffp-contract=fast
-      -Wno-psabi -Wno-unused-function)
+      -Wno-psabi -Wno-unused-function
+      -Wno-uninitialized -Wno-maybe-uninitialized)  # false: GCC's own intrinsics headers
     set_target_properties(${objects} PROPERTIES INTERPROCEDURAL_OPTIMIZATION OFF CXX_EXTENSIONS ON)
     # Fails the build if the object could leak code of its instruction set into the rest of the program.
     set(stamp ${CMAKE_BINARY_DIR}/isa/${objects}.checked)

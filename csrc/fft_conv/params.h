@@ -23,7 +23,9 @@ struct ForwardParams {
   int64_t k_stride;
   int64_t batch, heads, length, filter_length;
   bool causal;
-  Type type;        // of u, the gates and y
+  Type type;  // of u, the gates and y
+  // CPU only: the transform of at least `length` points for vectors of `lanes` floats; null when memory is exhausted.
+  const struct Plan* (*plan)(int64_t length, int lanes);
   void* workspace;  // workspace_bytes(params), 256-byte aligned device memory; null where that is 0
 };
 

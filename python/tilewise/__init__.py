@@ -7,6 +7,8 @@ from tilewise import _C
 _C.attach_torch_threads()
 __version__ = _C.version()
 
+from tilewise.fft_conv import fft_conv  # noqa: E402, F401
+
 
 def info():
     """What this build holds and what it found: version, CUDA architectures, CPU instruction set, threads, devices."""

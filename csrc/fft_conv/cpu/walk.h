@@ -1,0 +1,144 @@
+// Depth first over the tree of ring splittings, so that a block is split, multiplied and merged while it is in cache.
+#pragma once
+#include "fft_conv/cpu/passes.h"
+
+namespace tilewise {
+namespace {
+
+template <class Job>
+inline const float* walk_node(const Plan& plan, const Job& job, int64_t offset, int64_t size, int level,
+                              const float* w) {
+  if (size == kLeaf) {
+    job.at_leaf(plan, offset, w);
+    return w + 2 * fft_conv::leaf_twiddles(W);
+  }
+  const int radix = plan.radix[level];
+  const int64_t m = size / radix;
+  job.before(radix, offset, m, w);
+  const float* next = w + 2 * fft_conv::node_twiddles(radix);
+  for (int c = 0; c < radix; c++) next = walk_node(plan, job, offset + 2 * c * m, m, level + 1, next);
+  job.after(radix, offset, m, w);
+  return next;
+}
+
+// A job says what happens at a node before and after its children, and at a leaf; offsets are in floats.
+template <class Job>
+inline void walk(const Plan& plan, const Job& job) {
+  const float* w = plan.nodes;
+  for (int c = 0; c < plan.first_radix; c++) w = walk_node(plan, job, c * block_stride(plan), block_size(plan), 0, w);
+}
+
+// k -> its spectrum / N.
+struct FilterJob {
+  float* k;
+
+  void before(int radix, int64_t at, int64_t m, const float* w) const { node_pass<false>(radix, k + at, m, w); }
+  void after(int, int64_t, int64_t, const float*) const {}
+  void at_leaf(const Plan& plan, int64_t at, const float* w) const {
+    const VF unit = set1(1.f / float(plan.size));
+    leaf<true, false>(plan, w, k + at, [&](int o, Complex t) TILEWISE_LAMBDA {
+      store_complex(k + at + o, scale(t, unit));
+      return t;
+    });
+  }
+};
+
+// x -> x conv k, with k's spectrum at hand.
+struct ConvolutionJob {
+  float* x;
+  const float* k;
+
+  void before(int radix, int64_t at, int64_t m, const float* w) const { node_pass<false>(radix, x + at, m, w); }
+  void after(int radix, int64_t at, int64_t m, const float* w) const { node_pass<true>(radix, x + at, m, w); }
+  void at_leaf(const Plan& plan, int64_t at, const float* w) const {
+    leaf<true, true>(plan, w, x + at,
+                     [&](int o, Complex t) TILEWISE_LAMBDA { return mul(t, load_complex(k + at + o)); });
+  }
+};
+
+// Both of the above block by block: for a row that has its filter to itself.
+struct LoneRowJob {
+  FilterJob filter;
+  ConvolutionJob row;
+
+  void before(int radix, int64_t at, int64_t m, const float* w) const {
+    filter.before(radix, at, m, w);
+    row.before(radix, at, m, w);
+  }
+  void after(int radix, int64_t at, int64_t m, const float* w) const { row.after(radix, at, m, w); }
+  void at_leaf(const Plan& plan, int64_t at, const float* w) const {
+    filter.at_leaf(plan, at, w);
+    row.at_leaf(plan, at, w);
+  }
+};
+
+// The backward products of one row, with k's spectrum at hand; buffers of unwanted ones are null.
+//   gradient g -> g corr k        sums += G conj(X) for the gradient of k        row x -> x conv k
+struct GradientJob {
+  float* g;
+  float* x;     // null if only the gradient of x is wanted
+  float* sums;  // [spectrum] or null
+  const float* k;
+  bool wants_dx, wants_product;
+
+  void before(int radix, int64_t at, int64_t m, const float* w) const {
+    if (needs_g()) node_pass<false>(radix, g + at, m, w);
+    if (x) node_pass<false>(radix, x + at, m, w);
+  }
+  void after(int radix, int64_t at, int64_t m, const float* w) const {
+    if (wants_dx) node_pass<true>(radix, g + at, m, w);
+    if (wants_product) node_pass<true>(radix, x + at, m, w);
+  }
+  void at_leaf(const Plan& plan, int64_t at, const float* w) const {
+    if (x) x_leaf(plan, at, w);
+    if (needs_g()) g_leaf(plan, at, w);
+    if (wants_product)
+      leaf<false, true>(plan, w, x + at, [&](int o, Complex) TILEWISE_LAMBDA {
+        return mul(load_complex(x + at + o), load_complex(k + at + o));
+      });
+  }
+
+ private:
+  bool needs_g() const { return wants_dx || sums; }
+  void x_leaf(const Plan& plan, int64_t at, const float* w) const {
+    leaf<true, false>(plan, w, x + at, [&](int o, Complex t) TILEWISE_LAMBDA {
+      store_complex(x + at + o, t);
+      return t;
+    });
+  }
+  void g_leaf(const Plan& plan, int64_t at, const float* w) const {
+    const auto add = [&](int o, Complex t) TILEWISE_LAMBDA {
+      const Complex product = mul_conj(t, load_complex(x + at + o)), sum = load_complex(sums + at + o);
+      store_complex(sums + at + o, {sum.re + product.re, sum.im + product.im});
+    };
+    const auto correlate = [&](int o, Complex t) TILEWISE_LAMBDA { return mul_conj(t, load_complex(k + at + o)); };
+    if (sums && wants_dx)
+      leaf<true, true>(plan, w, g + at, [&](int o, Complex t) TILEWISE_LAMBDA {
+        add(o, t);
+        return correlate(o, t);
+      });
+    else if (wants_dx)
+      leaf<true, true>(plan, w, g + at, correlate);
+    else
+      leaf<true, false>(plan, w, g + at, [&](int o, Complex t) TILEWISE_LAMBDA {
+        add(o, t);
+        return t;
+      });
+  }
+};
+
+// A sum of spectra / N -> time.
+struct InverseJob {
+  float* x;
+
+  void before(int, int64_t, int64_t, const float*) const {}
+  void after(int radix, int64_t at, int64_t m, const float* w) const { node_pass<true>(radix, x + at, m, w); }
+  void at_leaf(const Plan& plan, int64_t at, const float* w) const {
+    const VF unit = set1(1.f / float(plan.size));
+    leaf<false, true>(plan, w, x + at,
+                      [&](int o, Complex) TILEWISE_LAMBDA { return scale(load_complex(x + at + o), unit); });
+  }
+};
+
+}  // namespace
+}  // namespace tilewise
