@@ -26,31 +26,35 @@ SIMT_DEVICE RowRange rows_of_block(const Params& p) {
   return {begin, end < p.batch ? end : p.batch};
 }
 
-// The block's dot products, summed in a fixed order.
-template <int Warps>
-SIMT_DEVICE void write_dot(float* dots, float (&slots)[Warps], float v) {
-  if (!dots) return;
-  v = warp_sum(v);
-  sync_block();
-  if (lane_id() == 0) slots[warp_id()] = v;
-  sync_block();
-  if (thread_id() != 0) return;
-  float sum = 0.f;
-  for (int i = 0; i < Warps; i++) sum += slots[i];
-  dots[static_cast<size_t>(block_idx().y) * grid_dim().x + block_idx().x] = sum;
-}
+// Every thread's share of the block's dot products: in shared memory, since no register is free for it.
+template <int Threads>
+struct DotSums {
+  float of_thread[Threads];
+
+  SIMT_DEVICE void clear() { of_thread[thread_id()] = 0.f; }
+  SIMT_DEVICE void add(float v) { of_thread[thread_id()] += v; }
+  // The block's sum, in a fixed order; by all threads together.
+  SIMT_DEVICE void write(float* dots) {
+    sync_block();
+    if (warp_id() != 0) return;
+    float sum = 0.f;
+    for (int i = lane_id(); i < Threads; i += kWarp) sum += of_thread[i];
+    sum = warp_sum(sum);
+    if (lane_id() == 0) dots[static_cast<size_t>(block_idx().y) * grid_dim().x + block_idx().x] = sum;
+  }
+};
 
 // One warp a row.
 template <class T, int N1, int N2>
 struct Conv2 {
   using F = TwoFactors<N1, N2>;
   static constexpr int kWarps = 4, kThreads = 32 * kWarps, kMinArch = 800;
-  static constexpr int kMinBlocks = F::n > 1024 ? 2 : F::n > 512 ? 3 : F::n > 256 ? 4 : 6;
+  static constexpr int kMinBlocks = F::n > 512 ? 2 : F::n > 256 ? 4 : 6;
   using Params = ConvParams<T>;
   struct Smem {
     typename F::Tables tables;
     uint4 spectrum[F::A][F::J][32];
-    float slots[kWarps];
+    DotSums<kThreads> dots;
   };
 
   SIMT_DEVICE static void run(const Params& p, Smem& s) {
@@ -60,12 +64,12 @@ struct Conv2 {
                          F::n / 4);
     finish_copies();
     const RowRange rows = rows_of_block(p);
-    float dot = 0.f;
-    for (int b = rows.begin + warp_id(); b < rows.end; b += kWarps) dot += row(p, s, b, head);
-    write_dot(p.dots, s.slots, dot);
+    s.dots.clear();
+    for (int b = rows.begin + warp_id(); b < rows.end; b += kWarps) row(p, s, b, head);
+    if (p.dots) s.dots.write(p.dots);
   }
 
-  SIMT_DEVICE static float row(const Params& p, const Smem& s, int b, int head) {
+  SIMT_DEVICE static void row(const Params& p, Smem& s, int b, int head) {
     const int lane = lane_id();
     typename F::Operand x;
     const float in_scale = F::load(x, p.in.row(b, head), p.in_gate.row(b, head), {p.length, p.vector});
@@ -74,6 +78,7 @@ struct Conv2 {
     for (int m = 0; m < F::A; m++) {
       float cr[F::J][4], ci[F::J][4];
       F::forward(cr, ci, x, s.tables, m);
+      sync_warp();  // for the compiler: no loads of the way back ahead of time, registers are short
       typename F::Fragments z;
 #pragma unroll
       for (int j = 0; j < F::J; j++)
@@ -87,7 +92,7 @@ struct Conv2 {
     end.template add_skip<V, G>(at, value);
     Words<V> gates[G];
     end.load_gates(gates, at);
-    return end.template store<V, G>(gates, at, value);
+    end.template store<V, G>(gates, at, value, [&s](float dot) { s.dots.add(dot); });
   }
 };
 
@@ -104,6 +109,7 @@ struct Conv3 {
     uint4 spectrum[SpectrumInSmem ? N1 : 1][2][32];
     typename F::Exchange exchange;
     float slots[Warps];
+    DotSums<kThreads> dots;
   };
 
   SIMT_DEVICE static void run(const Params& p, Smem& s) {
@@ -114,7 +120,7 @@ struct Conv3 {
     if constexpr (SpectrumInSmem) copy_words<kThreads>(s.spectrum, spectrum, F::n / 4);
     finish_copies();
     const RowRange rows = rows_of_block(p);
-    float dot = 0.f;
+    s.dots.clear();
     for (int b = rows.begin; b < rows.end; b++) {
       typename F::Operand x;
       const float in_scale = F::load(x, s.slots, p.in.row(b, head), p.in_gate.row(b, head), {p.length, p.vector});
@@ -122,9 +128,9 @@ struct Conv3 {
       sync_block();
       units(s, SpectrumInSmem ? &s.spectrum[0][0][0] : spectrum);
       sync_block();
-      dot += end_row(s, {p, b, head, in_scale});
+      end_row(s, {p, b, head, in_scale});
     }
-    write_dot(p.dots, s.slots, dot);
+    if (p.dots) s.dots.write(p.dots);
   }
 
   // A warp's values of k1, one at a time: a 16 x 16 transform, product and inverse in registers.
@@ -146,7 +152,7 @@ struct Conv3 {
     }
   }
 
-  SIMT_DEVICE static float end_row(const Smem& s, const RowEnd<T>& end) {
+  SIMT_DEVICE static void end_row(Smem& s, const RowEnd<T>& end) {
     const typename F::Output at;
     constexpr int V = F::J, G = 4 * F::A;
     Words<V> gates[G];
@@ -155,7 +161,7 @@ struct Conv3 {
     const auto value = [&y](int group, int i) -> float& { return F::output(y, group, i); };
     end.template add_skip<V, G>(at, value);
     F::template inverse1<false>(y, s.exchange, s.tables);
-    return end.template store<V, G>(gates, at, value);
+    end.template store<V, G>(gates, at, value, [&s](float dot) { s.dots.add(dot); });
   }
 };
 

@@ -19,7 +19,7 @@ SIMT_DEVICE void load_row32(float2* x, const float* row, const float* gate, int 
 
 template <int Capacity>
 struct Conv32 {
-  static constexpr int kThreads = Capacity > 4096 ? 512 : 256, kWarps = kThreads / kWarp, kMinArch = 800;
+  static constexpr int kThreads = Capacity > 4096 ? 512 : 256, kMinArch = 800;
   using Fft = Fft32<kThreads>;
   struct Params {
     ConvParams<float> c;
@@ -28,14 +28,14 @@ struct Conv32 {
   };
   struct Smem {
     float2 x[Capacity];
-    float slots[kWarps];
+    DotSums<kThreads> dots;
   };
 
   SIMT_DEVICE static void run(const Params& p, Smem& s) {
     const int head = static_cast<int>(block_idx().x), n = p.n;
     const float2* spectrum = static_cast<const float2*>(p.c.spectrum) + static_cast<size_t>(head) * n;
     const RowRange rows = rows_of_block(p.c);
-    float dot = 0.f;
+    s.dots.clear();
     for (int b = rows.begin; b < rows.end; b++) {
       load_row32<kThreads>(s.x, p.c.in.row(b, head), p.c.in_gate.row(b, head), p.c.length, n);
       Fft::forward(s.x, n);
@@ -45,10 +45,10 @@ struct Conv32 {
       }
       sync_block();
       Fft::backward(s.x, n);
-      dot += end_row(p, s, b, head);
+      s.dots.add(end_row(p, s, b, head));
       sync_block();
     }
-    write_dot(p.c.dots, s.slots, dot);
+    if (p.c.dots) s.dots.write(p.c.dots);
   }
 
   SIMT_DEVICE static float end_row(const Params& p, const Smem& s, int b, int head) {
@@ -74,7 +74,7 @@ struct Conv32 {
 // Partials hold n real and n imaginary parts whether circular or not: they are also the sum over the rows, in L2.
 template <int Capacity>
 struct FilterGrad32 {
-  static constexpr int kThreads = Capacity > 4096 ? 512 : 256, kMinArch = 800, kHeld = Capacity / kThreads;
+  static constexpr int kThreads = 256, kMinArch = 800, kHeld = Capacity / kThreads;
   using Fft = Fft32<kThreads>;
   struct Params {
     FilterGradParams<float> g;

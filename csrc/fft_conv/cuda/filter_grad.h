@@ -47,7 +47,7 @@ template <class T, int N1, int N2>
 struct FilterGrad2 {
   using F = TwoFactors<N1, N2>;
   static constexpr int kWarps = 4, kThreads = 32 * kWarps, kMinArch = 800, kMinBlocks = F::n > 512 ? 2 : 4;
-  static constexpr int kGroups = kWarps / F::A, kPartials = kWarps;
+  static constexpr int kGroups = kWarps / F::A;
   using Params = FilterGradParams<T>;
   struct Smem {
     typename F::Tables tables;
@@ -83,7 +83,7 @@ struct FilterGrad2 {
     typename F::Fragments z;
 #pragma unroll
     for (int j = 0; j < F::J; j++) rotate_pack(z.re[j], z.im[j], sr[j], si[j], phase);
-    const size_t partial = static_cast<size_t>(block_idx().y) * kPartials + warp_id();
+    const size_t partial = static_cast<size_t>(block_idx().y) * kWarps + warp_id();
     const int planes = p.circular ? 2 : 1;
     float* out = p.partials + (partial * grid_dim().x + head) * planes * F::n;
 #pragma unroll 1
@@ -116,12 +116,13 @@ struct FilterGrad2 {
   }
 };
 
-// Three factors: one block a row, or one of Parts blocks, each with its share of the values of k1 and its own reading
-// of the row: two sums of all of 16K do not fit the registers.
-template <class T, int N1, int Warps, int Parts>
+// Three factors: a block has 16 values of k1, that is 1 / Parts of the spectrum: the sums of more, next to two
+// transforms on their way, do not fit the registers. The blocks of a row each read all of it, from L2.
+template <class T, int N1>
 struct FilterGrad3 {
-  using F = ThreeFactors<N1, Warps, N1 / 16 / Parts>;
-  static constexpr int kThreads = 32 * Warps, kMinArch = 800, kMinBlocks = N1 == 16 ? 2 : 1, kPartials = Parts;
+  static constexpr int Warps = 8, Parts = N1 / 16;
+  static constexpr int kThreads = 32 * Warps, kMinArch = 800, kMinBlocks = 1;
+  using F = ThreeFactors<N1, Warps, 1>;
   using Params = FilterGradParams<T>;
   using Sum = float[F::kUnits * 2][4];
   struct Smem {
@@ -133,7 +134,6 @@ struct FilterGrad3 {
   // Grid (heads * Parts, groups of rows)
   SIMT_DEVICE static int head() { return static_cast<int>(block_idx().x) / Parts; }
   SIMT_DEVICE static int part() { return static_cast<int>(block_idx().x) % Parts; }
-  SIMT_DEVICE static int first_block() { return part() * (F::kRows / 16); }
 
   SIMT_DEVICE static void run(const Params& p, Smem& s) {
     const int h = head();
@@ -145,9 +145,9 @@ struct FilterGrad3 {
     for (int b = rows.begin; b < rows.end; b++) {
       typename F::Operand x;
       const float u_scale = F::load(x, s.slots[0], p.u.row(b, h), p.u_gate.row(b, h), {p.length, p.vector});
-      F::factor1(s.u, x, s.tables, first_block());
+      F::factor1(s.u, x, s.tables, part());
       const float g_scale = F::load(x, s.slots[1], p.dy.row(b, h), p.dy_gate.row(b, h), {p.length, p.vector});
-      F::factor1(s.g, x, s.tables, first_block());
+      F::factor1(s.g, x, s.tables, part());
       sync_block();
       add_row(sr, si, s, reciprocal(u_scale) * reciprocal(g_scale));
       sync_block();
@@ -162,6 +162,7 @@ struct FilterGrad3 {
 #pragma unroll
     for (int q = 0; q < F::kUnits; q++) {
       const int row = q * Warps + warp_id();
+      sync_warp();  // for the compiler: no loads of later units ahead of time, registers are short
       const uint4 w[2] = {load16(&s.twiddles[row][0][lane]), load16(&s.twiddles[row][1][lane])};
       float ur[2][4], ui[2][4], gr[2][4], gi[2][4];
       F::forward(ur, ui, s.u, constants, w, row);
@@ -200,7 +201,7 @@ struct FilterGrad3 {
   SIMT_DEVICE static void write_plane(float* out, const Smem& s, float scale) {
     const typename F::Output at;
     typename F::Accumulators y = {};
-    F::template inverse1<Imaginary>(y, s.u, s.tables, first_block());
+    F::template inverse1<Imaginary>(y, s.u, s.tables, part());
 #pragma unroll
     for (int group = 0; group < 4 * F::A; group++)
 #pragma unroll

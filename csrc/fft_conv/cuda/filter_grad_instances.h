@@ -4,6 +4,7 @@
 
 namespace tilewise::fft_conv {
 
+// With three factors, blocks share a row: one per 16 values of k1.
 template <class T>
 const char* launch_filter_grad(int n, dim3 grid, const FilterGradParams<T>& p, void* stream) {
   constexpr bool kFew = kBuilt<T>, kAll = kEverySize;
@@ -12,10 +13,9 @@ const char* launch_filter_grad(int n, dim3 grid, const FilterGradParams<T>& p, v
     case 512: return launch_if_built<FilterGrad2<T, 32, 16>, kAll>(grid, p, stream);
     case 1024: return launch_if_built<FilterGrad2<T, 32, 32>, kAll>(grid, p, stream);
     case 2048: return launch_if_built<FilterGrad2<T, 64, 32>, kAll>(grid, p, stream);
-    case 4096: return launch_if_built<FilterGrad3<T, 16, 4, 1>, kFew>(grid, p, stream);
-    case 8192: return launch_if_built<FilterGrad3<T, 32, 8, 1>, kAll>(grid, p, stream);
-    default:
-      return launch_if_built<FilterGrad3<T, 64, 8, kParts16k>, kAll>(dim3(kParts16k * grid.x, grid.y), p, stream);
+    case 4096: return launch_if_built<FilterGrad3<T, 16>, kFew>(grid, p, stream);
+    case 8192: return launch_if_built<FilterGrad3<T, 32>, kAll>(dim3(2 * grid.x, grid.y), p, stream);
+    default: return launch_if_built<FilterGrad3<T, 64>, kAll>(dim3(4 * grid.x, grid.y), p, stream);
   }
 }
 

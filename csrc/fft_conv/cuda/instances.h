@@ -36,9 +36,9 @@ inline Factors factors_of(int n) {
   }
 }
 
-constexpr int kParts16k = 2;  // blocks that share a row of 16K points in the filter gradient
-inline int partials_per_block(int n) {
-  return n <= 2048 ? 4 : n <= 8192 ? 1 : kParts16k;
+// Partial results of the filter gradient per group of rows: one per warp, or one per 16 values of k1 of three factors.
+inline int partials_per_group(int n) {
+  return n <= 2048 ? 4 : n / 4096;
 }
 
 // Grid (heads, groups of rows).

@@ -39,7 +39,7 @@ struct Workspace {
     n = fft_size(p.length);
     row_groups = divide_up(p.batch, rows_per_block(p));
     grad_groups = divide_up(p.batch, grad_rows_per_block(p));
-    partials = grad_groups * (p.type == Type::f32 ? 1 : partials_per_block(n));
+    partials = grad_groups * (p.type == Type::f32 ? 1 : partials_per_group(n));
     planes = p.type == Type::f32 || !p.causal ? 2 : 1;
     bytes = 0;
     const size_t points = static_cast<size_t>(p.heads) * n;

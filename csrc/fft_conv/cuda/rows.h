@@ -70,6 +70,7 @@ SIMT_DEVICE void load_groups(Words<V> (&w)[G], const T* row, const Extent& exten
   } else {
 #pragma unroll
     for (int g = 0; g < G; g++) {
+      if (g % 4 == 0) sync_warp();  // for the compiler: a few loads on their way will do here, registers are short
       w[g] = {};
 #pragma unroll
       for (int i = 0; i < V; i++) {
@@ -188,11 +189,10 @@ struct RowEnd {
     if (p.gate[0].data) load_groups<V>(gates, p.gate[0].row(b, h), extent(), at);
   }
 
-  // Returns the dot products v gate[0] gate[1].
-  template <int V, int G, class At, class Value>
-  SIMT_DEVICE float store(const Words<V> (&gates)[G], const At& at, Value value) const {
+  // add_dot receives the sums of v gate[0] gate[1].
+  template <int V, int G, class At, class Value, class AddDot>
+  SIMT_DEVICE void store(const Words<V> (&gates)[G], const At& at, Value value, AddDot add_dot) const {
     const float scale = p.spectrum_scale[h] * reciprocal(in_scale);
-    float dot = 0.f;
 #pragma unroll
     for (int g = 0; g < G; g++) {
       float z[V], y[V];
@@ -202,13 +202,13 @@ struct RowEnd {
         y[i] = p.gate[0].data ? z[i] * element<T>(gates[g], i) : z[i];
       }
       if (p.out[0].data) store_group<T>(y, p.out[0].row(b, h), extent(), at, g);
-      if (p.gate[1].data) dot += store_second<V>(z, gates[g], {at.base + At::offset(g)});
+      if (p.gate[1].data) store_second<V>(z, gates[g], {at.base + At::offset(g)}, add_dot);
     }
-    return dot;
   }
 
-  template <int V>
-  SIMT_DEVICE float store_second(const float (&z)[V], const Words<V>& first, const SingleGroup& at) const {
+  template <int V, class AddDot>
+  SIMT_DEVICE void store_second(const float (&z)[V], const Words<V>& first, const SingleGroup& at,
+                                AddDot add_dot) const {
     Words<V> second[1];
     load_groups<V>(second, p.gate[1].row(b, h), extent(), at);
     if (p.out[1].data) {
@@ -217,7 +217,7 @@ struct RowEnd {
       for (int i = 0; i < V; i++) y[i] = z[i] * element<T>(second[0], i);
       store_group<T>(y, p.out[1].row(b, h), extent(), at, 0);
     }
-    if (!p.dots) return 0.f;
+    if (!p.dots) return;
     float v[1][V], dot = 0.f;
     load_gated(v, p.in.row(b, h), p.in_gate.row(b, h), extent(), at);
 #pragma unroll
@@ -225,7 +225,7 @@ struct RowEnd {
       const float w = v[0][i] * element<T>(second[0], i);
       dot += p.gate[0].data ? w * element<T>(first, i) : w;
     }
-    return dot;
+    add_dot(dot);
   }
 };
 
