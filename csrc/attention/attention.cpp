@@ -134,12 +134,12 @@ Type type_of(DType t) {
   return t == DType::f32 ? Type::f32 : t == DType::f16 ? Type::f16 : Type::bf16;
 }
 
-ForwardParams forward_params(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out, const Tensor* lse,
+ForwardParams forward_params(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& lse,
                              const AttentionOptions& options) {
   const View a = view_of(q), b = view_of(k), c = view_of(v), o = view_of(out);
   ForwardParams p = {};
   p.q = q.data, p.k = k.data, p.v = v.data, p.out = out.data;
-  p.lse = lse ? lse->ptr<float>() : nullptr;
+  p.lse = lse.ptr<float>();
   p.q_strides = a.strides, p.k_strides = b.strides, p.v_strides = c.strides, p.out_strides = o.strides;
   p.batch = static_cast<int>(a.batch), p.q_heads = static_cast<int>(a.heads), p.kv_heads = static_cast<int>(b.heads);
   p.seq_q = static_cast<int>(a.rows), p.seq_k = static_cast<int>(b.rows);
@@ -197,18 +197,16 @@ bool nothing_to_do(const ForwardParams& p) {
 }
 
 void run_forward(const char* operation, const Tensor& q, const Tensor& k, const Tensor& v,
-                 const PackedSequences* sequences, const Tensor& out, const Tensor* lse,
+                 const PackedSequences* sequences, const Tensor& out, const Tensor& lse,
                  const AttentionOptions& options, void* stream) {
   const Arguments a{Check(operation), q};
   a.inputs(k, v, sequences ? 3 : 4);
   const int64_t v_dim = v.shape[v.ndim - 1];
   sequences ? a.input(out, "out", {q.shape[0], q.shape[1], v_dim})
             : a.input(out, "out", {q.shape[0], q.shape[1], q.shape[2], v_dim});
-  a.output(out, "out", {&q, &k, &v, lse});
-  if (lse) {
-    a.statistic(*lse, "lse");
-    a.output(*lse, "lse", {&q, &k, &v});
-  }
+  a.statistic(lse, "lse");
+  a.output(out, "out", {&q, &k, &v, &lse});
+  a.output(lse, "lse", {&q, &k, &v});
   ForwardParams p = forward_params(q, k, v, out, lse, options);
   if (sequences) pack(a, *sequences, p);
   if (!nothing_to_do(p)) run_kernel(operation, kKernels, q.device, &Kernels::forward, p, stream);
@@ -216,8 +214,8 @@ void run_forward(const char* operation, const Tensor& q, const Tensor& k, const 
 
 void run_backward(const char* operation, const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v,
                   const PackedSequences* sequences, const Tensor& out, const Tensor& lse, const Tensor& dq,
-                  const Tensor& dk, const Tensor& dv, const Tensor& delta, const Tensor* dq_accum,
-                  const AttentionOptions& options, void* stream) {
+                  const Tensor& dk, const Tensor& dv, const Tensor& delta, const AttentionOptions& options,
+                  void* stream) {
   const Arguments a{Check(operation), q};
   a.inputs(k, v, sequences ? 3 : 4);
   const int64_t v_dim = v.shape[v.ndim - 1];
@@ -237,48 +235,40 @@ void run_backward(const char* operation, const Tensor& dout, const Tensor& q, co
   }
   a.output(delta, "delta", {&q, &k, &v, &out, &dout, &lse});
   BackwardParams p = {};
-  p.forward = forward_params(q, k, v, out, &lse, options);
+  p.forward = forward_params(q, k, v, out, lse, options);
   if (sequences) pack(a, *sequences, p.forward);
   p.dout = dout.data, p.dq = dq.data, p.dk = dk.data, p.dv = dv.data;
   p.dout_strides = view_of(dout).strides, p.dq_strides = view_of(dq).strides;
   p.dk_strides = view_of(dk).strides, p.dv_strides = view_of(dv).strides;
   p.delta = delta.ptr<float>();
   p.deterministic = options.deterministic;
-  if (dq_accum) {
-    a.check.dtype(*dq_accum, "dq_accum", {DType::f32});
-    a.same_shape(*dq_accum, "dq_accum", q);
-    a.check.contiguous(*dq_accum, "dq_accum");
-    a.check.same_device(*dq_accum, "dq_accum", q, "q");
-    p.dq_accum = dq_accum->ptr<float>();
-  }
   if (p.forward.batch > 0 && p.forward.q_heads > 0)
     run_kernel(operation, kKernels, q.device, &Kernels::backward, p, stream);
 }
 
 }  // namespace
 
-void attention_forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out, const Tensor* lse,
+void attention_forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& lse,
                        const AttentionOptions& options, void* stream) {
   run_forward("attention", q, k, v, nullptr, out, lse, options, stream);
 }
 
 void attention_backward(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
                         const Tensor& lse, const Tensor& dq, const Tensor& dk, const Tensor& dv, const Tensor& delta,
-                        const Tensor* dq_accum, const AttentionOptions& options, void* stream) {
-  run_backward("attention_backward", dout, q, k, v, nullptr, out, lse, dq, dk, dv, delta, dq_accum, options, stream);
+                        const AttentionOptions& options, void* stream) {
+  run_backward("attention_backward", dout, q, k, v, nullptr, out, lse, dq, dk, dv, delta, options, stream);
 }
 
 void attention_varlen_forward(const Tensor& q, const Tensor& k, const Tensor& v, const PackedSequences& sequences,
-                              const Tensor& out, const Tensor* lse, const AttentionOptions& options, void* stream) {
+                              const Tensor& out, const Tensor& lse, const AttentionOptions& options, void* stream) {
   run_forward("attention_varlen", q, k, v, &sequences, out, lse, options, stream);
 }
 
 void attention_varlen_backward(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v,
                                const PackedSequences& sequences, const Tensor& out, const Tensor& lse, const Tensor& dq,
-                               const Tensor& dk, const Tensor& dv, const Tensor& delta, const Tensor* dq_accum,
-                               const AttentionOptions& options, void* stream) {
-  run_backward("attention_varlen_backward", dout, q, k, v, &sequences, out, lse, dq, dk, dv, delta, dq_accum, options,
-               stream);
+                               const Tensor& dk, const Tensor& dv, const Tensor& delta, const AttentionOptions& options,
+                               void* stream) {
+  run_backward("attention_varlen_backward", dout, q, k, v, &sequences, out, lse, dq, dk, dv, delta, options, stream);
 }
 
 }  // namespace tilewise

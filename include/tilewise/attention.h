@@ -1,5 +1,5 @@
-// Scaled dot-product attention. B batch, Hq query heads, Hkv key/value heads (Hq a multiple of Hkv), S queries, Sk keys,
-// D head dim, Dv that of v, T packed tokens.
+// Scaled dot-product attention. B batch, Hq query heads, Hkv key/value heads (Hq a multiple of Hkv), S queries, Sk
+// keys, D head dim, Dv that of v, T packed tokens.
 //
 //   out = softmax(scale * q k^T) v      lse = log(sum(exp(scale * q k^T)))
 //
@@ -19,15 +19,13 @@ struct AttentionOptions {
 };
 
 // q [B, Hq, S, D], k [B, Hkv, Sk, D], v [B, Hkv, Sk, Dv] -> out [B, Hq, S, Dv], lse f32 [B, Hq, S] contiguous.
-// `lse` may be null.
-void attention_forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out, const Tensor* lse,
+void attention_forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& lse,
                        const AttentionOptions& options = {}, void* stream = nullptr);
 
-// Gradients of sum(out * dout): dq, dk, dv as q, k, v. Workspaces: delta f32 as lse; dq_accum f32 [B, Hq, S, D], zeroed,
-// for CUDA tensors only (else null).
+// Gradients of sum(out * dout): dq, dk, dv as q, k, v. `delta` is a workspace, f32 as lse.
 void attention_backward(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
                         const Tensor& lse, const Tensor& dq, const Tensor& dk, const Tensor& dv, const Tensor& delta,
-                        const Tensor* dq_accum, const AttentionOptions& options = {}, void* stream = nullptr);
+                        const AttentionOptions& options = {}, void* stream = nullptr);
 
 // Packed sequences: sequence b is rows cu_seqlens[b] to cu_seqlens[b + 1]. The longest lengths may be left open: then
 // they are read from cu_seqlens on CPU, and bounded by the number of tokens elsewhere.
@@ -39,13 +37,13 @@ struct PackedSequences {
 
 // q [Tq, Hq, D], k [Tk, Hkv, D], v [Tk, Hkv, Dv] -> out [Tq, Hq, Dv], lse f32 [Hq, Tq] contiguous.
 void attention_varlen_forward(const Tensor& q, const Tensor& k, const Tensor& v, const PackedSequences& sequences,
-                              const Tensor& out, const Tensor* lse, const AttentionOptions& options = {},
+                              const Tensor& out, const Tensor& lse, const AttentionOptions& options = {},
                               void* stream = nullptr);
 
-// As attention_backward; dq_accum [Tq, Hq, D].
+// As attention_backward.
 void attention_varlen_backward(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v,
                                const PackedSequences& sequences, const Tensor& out, const Tensor& lse, const Tensor& dq,
-                               const Tensor& dk, const Tensor& dv, const Tensor& delta, const Tensor* dq_accum,
+                               const Tensor& dk, const Tensor& dv, const Tensor& delta,
                                const AttentionOptions& options = {}, void* stream = nullptr);
 
 }  // namespace tilewise

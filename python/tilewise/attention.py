@@ -39,11 +39,6 @@ def _empty_gradients(q, k, v):
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
 
-def _gradient_workspaces(q, lse):
-    on_gpu = q.is_cuda or _C.emulating()
-    return torch.empty_like(lse), q.new_zeros(q.shape, dtype=torch.float32) if on_gpu else None
-
-
 def _rows_contiguous(t):
     """Gradients arrive with any strides (those of sum() have stride 0): the core reads contiguous rows."""
     return t if t.stride(-1) == 1 or t.shape[-1] <= 1 else t.contiguous()
@@ -57,9 +52,8 @@ def _forward(q, k, v, causal, scale, deterministic):
 
 def _backward(dout, q, k, v, out, lse, causal, scale, deterministic):
     grads = _empty_gradients(q, k, v)
-    delta, dq_accum = _gradient_workspaces(q, lse)
-    dout = _rows_contiguous(dout)
-    _C.attention_backward(dout, q, k, v, out, lse, *grads, delta, dq_accum, causal, scale, deterministic)
+    dout, delta = _rows_contiguous(dout), torch.empty_like(lse)
+    _C.attention_backward(dout, q, k, v, out, lse, *grads, delta, causal, scale, deterministic)
     return grads
 
 
@@ -74,10 +68,10 @@ def _varlen_backward(
     dout, q, k, v, cu_seqlens_q, cu_seqlens_k, out, lse, max_seqlen_q, max_seqlen_k, causal, scale, deterministic
 ):
     grads = [t.zero_() for t in _empty_gradients(q, k, v)]
-    workspaces = _gradient_workspaces(q, lse)
+    dout, delta = _rows_contiguous(dout), torch.empty_like(lse)
     sequences, lengths = (cu_seqlens_q, cu_seqlens_k), (max_seqlen_q, max_seqlen_k)
     _C.attention_varlen_backward(
-        _rows_contiguous(dout), q, k, v, *sequences, out, lse, *grads, *workspaces, *lengths, causal, scale, deterministic
+        dout, q, k, v, *sequences, out, lse, *grads, delta, *lengths, causal, scale, deterministic
     )
     return tuple(grads)
 
@@ -97,9 +91,9 @@ _attention_backward_op = register(
     _backward,
     fake=lambda dout, q, k, v, *_: _empty_gradients(q, k, v),
 )
-# Writes into given memory and allocates nothing; lse may be None. The kernel is the binding's own function.
+# Writes into given memory and allocates nothing. The kernel is the binding's own function.
 _attention_out_op = register(
-    "attention_out(Tensor q, Tensor k, Tensor v, Tensor(a!) out, Tensor(b!)? lse=None, "
+    "attention_out(Tensor q, Tensor k, Tensor v, Tensor(a!) out, Tensor(b!) lse, "
     "bool causal=False, float? scale=None) -> ()",
     _C.attention_forward,
     fake=lambda *_: None,
@@ -150,7 +144,7 @@ def attention(q, k, v, *, causal=False, scale=None, return_lse=False, determinis
         causal: query i sees keys up to ``i + Sk - S`` (bottom-right aligned).
         scale: default ``1 / sqrt(D)``.
         return_lse: also return lse (B, Hq, S), float32, natural logarithm; it carries no gradient.
-        deterministic: the same gradient bits in every run. On CPU they always are, for any number of threads.
+        deterministic: the same gradient bits in every run. All kernels are so today; on CPU for any number of threads.
 
     Returns:
         out (B, Hq, S, Dv), or (out, lse). A query that sees no key gives 0 and lse -inf.

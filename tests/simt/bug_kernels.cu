@@ -1,5 +1,8 @@
 // Kernels with seeded bugs for the detector matrix (test_detectors.py). Each kernel is correct when run as "clean";
 // any other name plants the one bug of that name.
+#include <atomic>
+#include <memory>
+
 #include "probe.h"
 
 namespace probes {
@@ -94,6 +97,10 @@ struct Exchange {
     if (bug == id("inter_block_read")) v += 0.f * p.x[(i + kThreads) % p.n];
     if (bug == id("spin_on_atomic")) {
       while (atomic_add(p.aux, 0u) != 12345u) {
+      }
+    }
+    if (bug == id("spin_on_memory")) {
+      while (*static_cast<volatile uint32_t*>(p.aux) != 12345u) {
       }
     }
     p.x[i] = v;
@@ -194,6 +201,14 @@ struct Operands {
 };
 
 }  // namespace
+
+// Host code beside the kernels may use what every C++ file uses: the race build must still load.
+SIMT_EXPORT int simt_host_code(int v) {
+  static const int first = v;  // its guard is atomic
+  static std::atomic<uint64_t> calls{0};
+  const auto shared = std::make_shared<int>(first);
+  return *shared + static_cast<int>(++calls);
+}
 
 SIMT_EXPORT const char* simt_bug(const char* kernel, const char* bug, float* x, uint32_t* aux, int n, int blocks) {
   const BugParams p{x, aux, n, id(bug)};

@@ -4,7 +4,8 @@ A case's inputs are uint32 [threads, 16], as are its outputs. Its model returns 
 and, for results that are not exact, the absolute error allowed of each as a float.
 """
 
-from typing import Callable, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import formats
 import numpy as np
@@ -33,7 +34,7 @@ def frame(*columns, kind=0):
 
 # ---- instructions of a single thread ----
 
-SCALAR_THREADS = 512
+SCALAR_THREADS = 256
 SPECIAL_FLOATS = np.array(
     [0, -0.0, 1, -1, np.inf, -np.inf, np.nan, 1e-45, -1e-45, 1e-38, 1.17549435e-38, 3.4e38, -3.4e38, 0.5, 65504, 65520]
     + [126, 127, 127.9999, 128, -126, -126.5, -127, -149, 6e-8, 2.9802322e-8, 5.9604645e-8, 6.1e-5, 2.5, 3.5, 1e20],
@@ -88,8 +89,10 @@ def by_halves(kind, function):
     """A model of packed arithmetic from one of its halves."""
 
     def model(a, b, c):
-        lo = [function(int(x & 0xFFFF), int(y & 0xFFFF), int(z & 0xFFFF), kind) for x, y, z in zip(a, b, c)]
-        hi = [function(int(x >> 16), int(y >> 16), int(z >> 16), kind) for x, y, z in zip(a, b, c)]
+        lo = [
+            function(int(x & 0xFFFF), int(y & 0xFFFF), int(z & 0xFFFF), kind) for x, y, z in zip(a, b, c, strict=True)
+        ]
+        hi = [function(int(x >> 16), int(y >> 16), int(z >> 16), kind) for x, y, z in zip(a, b, c, strict=True)]
         return pack(lo, hi)
 
     return model
@@ -139,7 +142,7 @@ def prmt(a, b, selector):
 
 
 def per_word(function):
-    return lambda *columns: [function(*map(int, row)) for row in zip(*columns)]
+    return lambda *columns: [function(*map(int, row)) for row in zip(*columns, strict=True)]
 
 
 def conversions(kind):
@@ -193,7 +196,7 @@ def sparse_bits(rng):
 
 # ---- collectives ----
 
-BLOCKS = 8
+BLOCKS = 4
 WARP_THREADS = 32 * BLOCKS
 
 

@@ -1,6 +1,6 @@
 """What kernels may not contain, so that one source serves both machines (csrc/simt/README.md gives the reasons).
 
-    python tests/simt/rules.py [FILE ...]      without arguments: every file of csrc/*/cuda
+python tests/simt/rules.py [FILE ...]      without arguments: every file of csrc/*/cuda
 """
 
 import pathlib
@@ -12,7 +12,7 @@ SUFFIXES = {".h", ".cuh", ".cu"}
 
 RULES = {  # what is wrong: pattern
     "inline assembly": r"\basm\b",
-    "CUDA builtin or attribute; simt has a name for it": r"\b__(?!restrict__\b|FILE__\b|LINE__\b)\w+",
+    "CUDA builtin or attribute; simt has a name for it": r"\b__(?!restrict__\b|attribute__\b|FILE__\b|LINE__\b)\w+",
     "CUDA index variable; use thread_id() and its kin": r"\b(threadIdx|blockIdx|blockDim|gridDim|warpSize)\b",
     "CUDA runtime or driver; use simt::launch and its kin": r"\b(cuda[A-Z]\w*|cu[A-Z]\w*|CUtensorMap|CUresult)\b",
     "CUDA atomic; use simt::atomic_*": r"\batomic[A-Z]\w*",
@@ -20,7 +20,10 @@ RULES = {  # what is wrong: pattern
     "CUDA header": r"#\s*include\s*<(cuda|cooperative_groups|mma)",
     "volatile; threads communicate through barriers and atomics": r"\bvolatile\b",
     "thread-local variable": r"\bthread_local\b",
-    "mutable static variable": r"\bstatic\s+(?!constexpr\b|const\b|inline\b|SIMT_DEVICE\b|SIMT_HD\b)[\w:<>,\s*&]+?[\s*&]\w+\s*(=|;|\[|\{)",
+    "mutable static variable": (
+        r"\bstatic\s+(?!constexpr\b|const\b|inline\b|SIMT_DEVICE\b|SIMT_HD\b)"
+        r"[\w:<>,\s*&]+?[\s*&]\w+\s*(=|;|\[|\{)"
+    ),
     "code for one of the two machines only": r"\bSIMT_EMULATED\b",
     "printing": r"\bprintf\b",
 }

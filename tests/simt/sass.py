@@ -130,10 +130,10 @@ def demangle(names):
     """Readable names; of the simt entry point only the kernel struct, without anonymous namespaces."""
     names = list(names)
     if not shutil.which("c++filt"):
-        return dict(zip(names, names))
+        return dict(zip(names, names, strict=True))
     done = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True)
     readable = {}
-    for mangled, name in zip(names, done.stdout.splitlines()):
+    for mangled, name in zip(names, done.stdout.splitlines(), strict=True):
         entry = re.search(r"simt::detail::kernel_entry<(.*)>\(", name)
         short = (entry[1] if entry else name).strip()
         readable[mangled] = re.sub(r"\(anonymous namespace\)::|_GLOBAL__N__\w+::", "", short)
@@ -146,6 +146,10 @@ def read(path):
     opcodes, resources = parse_sass(dump(tool, "-sass", path)), parse_resources(dump(tool, "-res-usage", path))
     names = demangle({name for _, name in opcodes})
     return [Kernel(names[n], arch, ops, resources.get((arch, n), {})) for (arch, n), ops in sorted(opcodes.items())]
+
+
+def read_all(paths):
+    return [kernel for path in paths for kernel in read(path)]
 
 
 def satisfied(value, wanted):

@@ -4,8 +4,8 @@ It proves that the detectors are alive. Modes: `plain` is the fixed schedule, `r
 it), `race` the race checker, `asan` AddressSanitizer and UBSan. A mode that is not named may or may not notice.
 """
 
-import emulated
 import cases_bugs
+import emulated
 import pytest
 
 WRONG = "wrong result"
@@ -14,75 +14,83 @@ DIVERGENT = "divergent warp collective"
 # kernel, bug, words by mode
 MATRIX = [
     # ---- block barriers, warp synchronisation ----
-    ("exchange", "missing_barrier", dict(race="read of a write that is not synchronised", plain=WRONG)),
-    ("exchange", "missing_second_barrier", dict(race="write races with an earlier read")),
-    ("exchange", "missing_sync_warp", dict(race="read of a write that is not synchronised")),
-    ("exchange", "shuffle_is_no_barrier", dict(race="read of a write that is not synchronised")),
-    ("exchange", "divergent_barrier", dict(plain="divergent sync_block", race="divergent sync_block")),
-    ("exchange", "barrier_not_reached", dict(plain="divergent sync_block", race="divergent sync_block")),
-    ("exchange", "exit_before_barrier", dict(plain="after 32 threads exited", random="exit")),
-    ("exchange", "named_barrier_counts", dict(plain="threads expected here", random="threads expected")),
-    ("exchange", "named_barrier_odd", dict(plain="thread count 100 is not a multiple of 32")),
-    ("exchange", "named_barrier_deadlock", dict(plain="deadlock", random="threads 0-63: bar_sync")),
-    ("exchange", "barrier_id", dict(plain="barrier id 16 is not in 0..15")),
+    ("exchange", "missing_barrier", {"race": "read of a write that is not synchronised", "plain": WRONG}),
+    ("exchange", "missing_second_barrier", {"race": "write races with an earlier read"}),
+    ("exchange", "missing_sync_warp", {"race": "read of a write that is not synchronised"}),
+    ("exchange", "shuffle_is_no_barrier", {"race": "read of a write that is not synchronised"}),
+    ("exchange", "divergent_barrier", {"plain": "divergent sync_block", "race": "divergent sync_block"}),
+    ("exchange", "barrier_not_reached", {"plain": "divergent sync_block", "race": "divergent sync_block"}),
+    ("exchange", "exit_before_barrier", {"plain": "after 32 threads exited", "random": "exit"}),
+    ("exchange", "named_barrier_counts", {"plain": "threads expected here", "random": "threads expected"}),
+    ("exchange", "named_barrier_odd", {"plain": "thread count 100 is not a multiple of 32"}),
+    ("exchange", "named_barrier_deadlock", {"plain": "deadlock", "random": "threads 0-63: bar_sync"}),
+    ("exchange", "barrier_id", {"plain": "barrier id 16 is not in 0..15"}),
     # ---- warp collectives ----
-    ("exchange", "divergent_shuffle", dict(plain="deadlock", random="shfl")),
-    ("exchange", "overlapping_masks", dict(plain="deadlock", random="overlaps the mask")),
-    ("exchange", "lane_outside_mask", dict(plain="lane is not in its own mask")),
-    ("exchange", "shuffle_from_outside", dict(plain="reads lane 16, which is not in the mask")),
-    ("exchange", "different_collectives", dict(plain=DIVERGENT, random=DIVERGENT)),
+    ("exchange", "divergent_shuffle", {"plain": "deadlock", "random": "shfl"}),
+    ("exchange", "overlapping_masks", {"plain": "deadlock", "random": "overlaps the mask"}),
+    ("exchange", "lane_outside_mask", {"plain": "lane is not in its own mask"}),
+    ("exchange", "shuffle_from_outside", {"plain": "reads lane 16, which is not in the mask"}),
+    ("exchange", "different_collectives", {"plain": DIVERGENT, "random": DIVERGENT}),
     # ---- addresses ----
-    ("exchange", "smem_write_past_end", dict(plain="shared memory overrun", race="overrun", asan="AddressSanitizer")),
-    ("exchange", "smem_read_past_end", dict(race="out-of-bounds read", asan="AddressSanitizer")),
-    ("exchange", "global_write_past_end", dict(asan="heap-buffer-overflow")),
-    ("exchange", "misaligned_load16", dict(plain="load16: misaligned address", race="misaligned address")),
-    ("exchange", "misaligned_cp_async", dict(plain="shared address not 16-byte aligned")),
-    ("exchange", "smem_addr_of_global", dict(plain="is not in shared memory")),
-    ("exchange", "int_overflow", dict(asan="signed integer overflow")),
-    ("exchange", "uninitialised", dict(plain=WRONG, race="read of uninitialised shared memory")),
+    (
+        "exchange",
+        "smem_write_past_end",
+        {"plain": "shared memory overrun", "race": "overrun", "asan": "AddressSanitizer"},
+    ),
+    ("exchange", "smem_read_past_end", {"race": "out-of-bounds read", "asan": "AddressSanitizer"}),
+    ("exchange", "global_write_past_end", {"asan": "heap-buffer-overflow"}),
+    ("exchange", "misaligned_load16", {"plain": "load16: misaligned address", "race": "misaligned address"}),
+    ("exchange", "misaligned_cp_async", {"plain": "shared address not 16-byte aligned"}),
+    ("exchange", "smem_addr_of_global", {"plain": "is not in shared memory"}),
+    ("exchange", "int_overflow", {"asan": "signed integer overflow"}),
+    ("exchange", "uninitialised", {"plain": WRONG, "race": "read of uninitialised shared memory"}),
     # ---- between blocks ----
-    ("exchange", "inter_block_race", dict(race="write-write race between blocks")),
-    ("exchange", "inter_block_read", dict(race="between blocks")),
-    ("exchange", "spin_on_atomic", dict(plain="spin loop")),
-    ("last_block", "no_release_fence", dict(race="write-read race between blocks")),
-    ("last_block", "no_acquire_fence", dict(race="write-read race between blocks")),
+    ("exchange", "inter_block_race", {"race": "write-write race between blocks"}),
+    ("exchange", "inter_block_read", {"race": "between blocks"}),
+    ("exchange", "spin_on_atomic", {"plain": "spin loop"}),
+    ("last_block", "no_release_fence", {"race": "write-read race between blocks"}),
+    ("last_block", "no_acquire_fence", {"race": "write-read race between blocks"}),
     # ---- cp.async ----
-    ("pipeline", "no_copy_wait", dict(plain=WRONG, random=WRONG, race="while an async copy is in flight")),
-    ("pipeline", "no_barrier_after_wait", dict(race="read", plain=WRONG)),
-    ("pipeline", "refill_too_early", dict(race="write races with an earlier read")),
+    ("pipeline", "no_copy_wait", {"plain": WRONG, "random": WRONG, "race": "while an async copy is in flight"}),
+    ("pipeline", "no_barrier_after_wait", {"race": "read", "plain": WRONG}),
+    ("pipeline", "refill_too_early", {"race": "write races with an earlier read"}),
     # ---- operands ----
-    ("operands", "metadata_equal", dict(plain="illegal metadata nibble 0")),
-    ("operands", "metadata_descending", dict(plain="illegal metadata nibble 1", race="illegal metadata nibble")),
-    ("operands", "tf32_not_rounded", dict(plain="not rounded with to_tf32")),
-    ("operands", "ldmatrix_misaligned", dict(plain="ldmatrix: shared address not 16-byte aligned")),
-    ("operands", "ldmatrix_past_end", dict(plain="ldmatrix: shared address out of bounds")),
+    ("operands", "metadata_equal", {"plain": "illegal metadata nibble 0"}),
+    ("operands", "metadata_descending", {"plain": "illegal metadata nibble 1", "race": "illegal metadata nibble"}),
+    ("operands", "tf32_not_rounded", {"plain": "not rounded with to_tf32"}),
+    ("operands", "ldmatrix_misaligned", {"plain": "ldmatrix: shared address not 16-byte aligned"}),
+    ("operands", "ldmatrix_past_end", {"plain": "ldmatrix: shared address out of bounds"}),
     # ---- mbarriers and TMA ----
-    ("gemm", "no_barrier_after_init", dict(race="not synchronised", random="never initialised")),
-    ("gemm", "mbarrier_uninitialised", dict(plain="never initialised")),
-    ("gemm", "too_many_arrivals", dict(random="more arrivals than the mbarrier expects")),
-    ("gemm", "tx_too_large", dict(plain="tx-count 16", random="deadlock", race="deadlock")),
-    ("gemm", "tx_too_small", dict(race="while an async copy is in flight")),
-    ("gemm", "no_empty_wait", dict(plain="more arrivals than", random="more arrivals than", race="more arrivals than")),
-    ("gemm", "no_full_wait", dict(plain="more arrivals than", race="while an async copy is in flight")),
-    ("gemm", "early_release", dict(race="write races with an earlier read")),
-    ("gemm", "missing_arrive", dict(plain="128 of 128 arrivals pending", random="deadlock", race="deadlock")),
-    ("gemm", "tile_misaligned", dict(plain="tile not 1024-byte aligned")),
-    ("gemm", "tile_past_end", dict(plain="shared address out of bounds")),
-    ("gemm", "wrong_rank", dict(plain="3 coordinates for a tensor map of rank 2")),
-    ("gemm", "missing_proxy_fence", dict(race="async-proxy read of a generic write without fence.proxy.async")),
-    ("gemm", "generic_write_unfenced", dict(race="generic write without fence.proxy.async")),
-    ("gemm", "store_tile_reused_early", dict(race="write while an async operation may still read", plain=WRONG)),
-    ("gemm", "exit_before_store_is_read", dict(plain="may still read shared memory")),
+    ("gemm", "no_barrier_after_init", {"race": "not synchronised", "random": "never initialised"}),
+    ("gemm", "mbarrier_uninitialised", {"plain": "never initialised"}),
+    ("gemm", "too_many_arrivals", {"random": "more arrivals than the mbarrier expects"}),
+    ("gemm", "tx_too_large", {"plain": "tx-count 16", "random": "deadlock", "race": "deadlock"}),
+    ("gemm", "tx_too_small", {"race": "while an async copy is in flight"}),
+    (
+        "gemm",
+        "no_empty_wait",
+        {"plain": "more arrivals than", "random": "more arrivals than", "race": "more arrivals than"},
+    ),
+    ("gemm", "no_full_wait", {"plain": "more arrivals than", "race": "while an async copy is in flight"}),
+    ("gemm", "early_release", {"race": "write races with an earlier read"}),
+    ("gemm", "missing_arrive", {"plain": "128 of 128 arrivals pending", "random": "deadlock", "race": "deadlock"}),
+    ("gemm", "tile_misaligned", {"plain": "tile not 1024-byte aligned"}),
+    ("gemm", "tile_past_end", {"plain": "shared address out of bounds"}),
+    ("gemm", "wrong_rank", {"plain": "3 coordinates for a tensor map of rank 2"}),
+    ("gemm", "missing_proxy_fence", {"race": "async-proxy read of a generic write without fence.proxy.async"}),
+    ("gemm", "generic_write_unfenced", {"race": "generic write without fence.proxy.async"}),
+    ("gemm", "store_tile_reused_early", {"race": "write while an async operation may still read", "plain": WRONG}),
+    ("gemm", "exit_before_store_is_read", {"plain": "may still read shared memory"}),
     # ---- wgmma ----
-    ("gemm", "no_wgmma_fence", dict(plain="without wgmma.fence")),
-    ("gemm", "accumulator_read_in_flight", dict(plain=WRONG, random=WRONG)),
-    ("gemm", "accumulator_written_in_flight", dict(plain="wrote accumulator 3 while", random="wrote accumulator 3")),
-    ("gemm", "exit_with_wgmma_in_flight", dict(plain="exits without waiting for the wgmma")),
-    ("gemm", "descriptor_past_end", dict(plain="wgmma descriptor: reads shared memory at offset")),
-    ("gemm", "descriptors_differ", dict(plain="descriptors differ between threads")),
-    ("gemm", "divergent_warpgroup", dict(plain="divergent warpgroup collective", random="divergent warpgroup")),
-    ("gemm", "too_many_registers", dict(plain="the block has")),
-    ("register_operand", "fragment_changed_in_flight", dict(plain="thread 9 changed", random="thread 9 changed")),
+    ("gemm", "no_wgmma_fence", {"plain": "without wgmma.fence"}),
+    ("gemm", "accumulator_read_in_flight", {"plain": WRONG, "random": WRONG}),
+    ("gemm", "accumulator_written_in_flight", {"plain": "wrote accumulator 3 while", "random": "wrote accumulator 3"}),
+    ("gemm", "exit_with_wgmma_in_flight", {"plain": "exits without waiting for the wgmma"}),
+    ("gemm", "descriptor_past_end", {"plain": "wgmma descriptor: reads shared memory at offset"}),
+    ("gemm", "descriptors_differ", {"plain": "descriptors differ between threads"}),
+    ("gemm", "divergent_warpgroup", {"plain": "divergent warpgroup collective", "random": "divergent warpgroup"}),
+    ("gemm", "too_many_registers", {"plain": "the block has"}),
+    ("register_operand", "fragment_changed_in_flight", {"plain": "thread 9 changed", "random": "thread 9 changed"}),
 ]
 
 CLEAN = [
@@ -101,7 +109,7 @@ def verdicts(libraries, mode, kernel, bug):
     """The verdict of a mode; for random the verdicts of several schedules."""
     if mode == "asan":
         emulated.build()
-        code = f"import sys, runpy; sys.argv[1:] = {[kernel, bug]!r}; runpy.run_module('cases_bugs', run_name='__main__')"
+        code = f"import cases_bugs; cases_bugs.main({kernel!r}, {bug!r})"
         return [emulated.run_sanitized(code)]
     if mode != "random":
         return [cases_bugs.run(libraries[mode], mode, kernel, bug)[0]]

@@ -3,22 +3,18 @@
 import ctypes
 
 import emulated
+import golden
 import numpy as np
 import probes
 import pytest
+import wgmma_cases
 from emulated import message, pointer
+
+HOST = golden.Host()
 
 
 def run(library, name, x):
-    case = probes.CASES[name]
-    y = np.zeros_like(x)
-    blocks = len(x) // probes.THREADS_PER_BLOCK[case.kernel]
-    if case.kernel == "stmatrix":
-        error = library.simt_stmatrix_probe(case.name.encode(), pointer(x), pointer(y), blocks, None)
-    else:
-        error = library.simt_probe(case.kernel.encode(), case.name.encode(), pointer(x), pointer(y), blocks, None)
-    assert message(error) == ""
-    return y
+    return golden.run_probe(library, HOST, name, x)
 
 
 def check(name, x, y):
@@ -99,9 +95,9 @@ def swizzled_order(box):
 
 def box_of(tensor, box, coords):
     """The box's elements in order, zero outside, and the index of each inside."""
-    grid = np.meshgrid(*(np.arange(b) + c for b, c in zip(box[::-1], coords[::-1])), indexing="ij")
-    inside = np.all([(g >= 0) & (g < n) for g, n in zip(grid, tensor.shape)], axis=0)
-    clipped = tuple(np.clip(g, 0, n - 1) for g, n in zip(grid, tensor.shape))
+    grid = np.meshgrid(*(np.arange(b) + c for b, c in zip(box[::-1], coords[::-1], strict=True)), indexing="ij")
+    inside = np.all([(g >= 0) & (g < n) for g, n in zip(grid, tensor.shape, strict=True)], axis=0)
+    clipped = tuple(np.clip(g, 0, n - 1) for g, n in zip(grid, tensor.shape, strict=True))
     return np.where(inside, tensor[clipped], 0), inside, clipped
 
 
@@ -155,42 +151,11 @@ def test_tma_store(libraries, name, mode):
 
 # ---- wgmma ----
 
-WGMMA = {  # name: format, N, B is N-major, A is M-major
-    "bf16_n8": ("bf16", 8, False, False),
-    "bf16_n64": ("bf16", 64, False, False),
-    "bf16_n64_nmajor": ("bf16", 64, True, False),
-    "bf16_n64_mmajor": ("bf16", 64, False, True),
-    "fp16_n128_mmajor_nmajor": ("fp16", 128, True, True),
-    "bf16_n128_nmajor_rs": ("bf16", 128, True, False),
-    "bf16_n176_rs": ("bf16", 176, False, False),
-    "bf16_n256": ("bf16", 256, False, False),
-    "fp16_n256_nmajor_rs": ("fp16", 256, True, False),
-}
-
-
-def wgmma_inputs(name):
-    kind, n, n_major, m_major = WGMMA[name]
-    rng = np.random.default_rng(n)
-    a, b = rng.integers(-8, 9, (64, 64)), rng.integers(-8, 9, (64, n))  # (m, k), (k, n): every sum is exact
-    stored_a = emulated.aligned((64, 64), np.uint16)
-    stored_b = emulated.aligned((64, n) if n_major else (n, 64), np.uint16)
-    stored_a[:] = probes.ENCODE[kind](a.T if m_major else a)
-    stored_b[:] = probes.ENCODE[kind](b if n_major else b.T)
-    return stored_a, stored_b, wgmma_fragment(a @ b)
-
-
-def wgmma_fragment(d):
-    """[64, N] -> [128 threads, N / 2]."""
-    t, i = np.arange(128)[:, None], np.arange(d.shape[1] // 2)[None]
-    return d[t // 32 * 16 + t % 32 // 4 + i // 2 % 2 * 8, i // 4 * 8 + t % 4 * 2 + i % 2].astype(np.float32)
-
 
 @pytest.mark.parametrize("mode", ("plain", "race"))
-@pytest.mark.parametrize("name", WGMMA)
+@pytest.mark.parametrize("name", wgmma_cases.CASES)
 def test_wgmma(libraries, name, mode):
-    a, b, wanted = wgmma_inputs(name)
-    d = np.full(wanted.shape, np.nan, np.float32)
+    a, b, wanted = wgmma_cases.inputs(name)
     with emulated.settings(**{"async": "random"}):
-        error = libraries[mode].simt_wgmma_probe(name.encode(), pointer(a), pointer(b), pointer(d), None)
-    assert message(error) == ""
+        d = golden.run_wgmma(libraries[mode], HOST, name, a, b)
     assert np.array_equal(d, wanted)

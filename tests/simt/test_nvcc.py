@@ -1,4 +1,4 @@
-"""The device side: every wrapper assembles for sm_80 and sm_90a, and the machine code shows the intended instructions."""
+"""The device side: every wrapper assembles for sm_80 and sm_90a, and the machine code is as intended."""
 
 import pathlib
 import shutil

@@ -26,21 +26,22 @@ inline Split split_keys(const ForwardParams& p) {
 }
 
 struct BackwardTile {
-  float *q, *dout, *dq;  // [d][lane], [dv][lane], [d][lane]; q scaled to base 2, dout by the scale
-  float *lse, *delta;    // [lane]: lse in base 2, delta times the scale
+  float *q, *dout, *dq;   // [d][lane], [dv][lane], [d][lane]; q scaled to base 2, dout by the scale
+  float *lse, *lse_rest;  // [lane]: lse in base 2, and what its rounding lost
+  float* delta;           // [lane], times the scale
 };
 struct BackwardScratch {
   BackwardTile tiles[kBackwardTiles];
-  float *p, *ds;         // [key][lane] of one block
+  float *p, *ds;              // [key][lane] of one block
   float *q_rows, *dout_rows;  // [query][d] widened, padded to whole vectors
-  float *k, *v;          // [key][d] of one block, widened
-  float *dk, *dv;        // [key of the run][d], padded
+  float *k, *v;               // [key][d] of one block, widened
+  float *dk, *dv;             // [key of the run][d], padded
 };
 
 inline int64_t backward_scratch_floats(const ForwardParams& p, int64_t keys) {
   const int64_t d = round_up(p.dim, 16), dv = round_up(p.v_dim, 16);
-  return kBackwardTiles * (2 * d + dv + 3) * kLanes + 2 * kKeys * kLanes + (kBackwardQueries + kKeys + keys) * (d + dv) +
-         1024;
+  return kBackwardTiles * (2 * d + dv + 4) * kLanes + 2 * kKeys * kLanes +
+         (kBackwardQueries + kKeys + keys) * (d + dv) + 1024;
 }
 
 inline BackwardScratch carve(const ForwardParams& p, int64_t keys, float* memory) {
@@ -48,8 +49,8 @@ inline BackwardScratch carve(const ForwardParams& p, int64_t keys, float* memory
   Carver carver{memory};
   BackwardScratch s;
   for (BackwardTile& tile : s.tiles)
-    tile = {carver.take(d * kLanes), carver.take(dv * kLanes), carver.take(d * kLanes), carver.take(kLanes),
-            carver.take(kLanes)};
+    tile = {carver.take(d * kLanes), carver.take(dv * kLanes), carver.take(d * kLanes),
+            carver.take(kLanes),     carver.take(kLanes),      carver.take(kLanes)};
   s.p = carver.take(kKeys * kLanes);
   s.ds = carver.take(kKeys * kLanes);
   s.q_rows = carver.take(kBackwardQueries * d);
@@ -78,7 +79,7 @@ void gradient_region(const Region& region, int dim, int v_dim, const Rows& k, co
       for (int m = 0; m < M; m++) {
 #pragma GCC unroll 8
         for (int v = 0; v < N; v++) {
-          VF e = exp2(acc[m][v] - load(tile.lse + lane + v * W));
+          VF e = exp2(acc[m][v] - load(tile.lse + lane + v * W) - load(tile.lse_rest + lane + v * W));
           if (kMasked && v == 0) e = select(iota() >= set1i(key + m - region.diagonal), e, VF{});
           store(p + m * kLanes + v * W, e);
         }
@@ -111,17 +112,9 @@ constexpr GradientRegion kGradientRegion[][2] = {
 template <int N>
 void outer_strip(int keys, int lanes, const float* a, const float* b, int64_t b_stride, float* c, int64_t c_stride) {
   for_rows(keys, [&](auto block, int j) {
-    constexpr int M = decltype(block)::value;
-    VF acc[M][N];
-#pragma GCC unroll 8
-    for (int m = 0; m < M; m++)
-#pragma GCC unroll 8
-      for (int v = 0; v < N; v++) acc[m][v] = load(c + (j + m) * c_stride + v * W);
+    VF acc[decltype(block)::value][N] = {};
     multiply<Operand::by_row>(acc, lanes, a + j * kLanes, kLanes, b, b_stride);
-#pragma GCC unroll 8
-    for (int m = 0; m < M; m++)
-#pragma GCC unroll 8
-      for (int v = 0; v < N; v++) store(c + (j + m) * c_stride + v * W, acc[m][v]);
+    add_block(acc, c + j * c_stride, c_stride);
   });
 }
 
@@ -173,8 +166,8 @@ struct BackwardTask {
   const ForwardParams& p;
   const Sequence seq;
   const int64_t kv_head, run, first_key;
-  const int keys;         // of this run
-  float* const partial;   // [hq, tokens, d] of this run, or null: write dq itself
+  const int keys;        // of this run
+  float* const partial;  // [hq, tokens, d] of this run, or null: write dq itself
   const BackwardScratch s;
 
   const T* rows(const void* base, const Strides& strides, int64_t head, int64_t row) const {
@@ -184,14 +177,17 @@ struct BackwardTask {
   void load_tile(const BackwardTile& tile, int64_t head, int row, int count) const {
     const Strides statistics = statistics_strides(p);
     const int64_t at = seq.q_row + row;
-    pack_tile(tile.q, rows(p.q, p.q_strides, head, at), p.q_strides.row, count, p.dim, p.scale * kLog2e);
+    pack_tile(tile.q, rows(p.q, p.q_strides, head, at), p.q_strides.row, count, p.dim,
+              static_cast<float>(p.scale * kLog2e));
     pack_tile(tile.dout, rows(b.dout, b.dout_strides, head, at), b.dout_strides.row, count, p.v_dim, p.scale);
     const float* lse = row_of<const float>(p.lse, statistics, seq.batch, head, at);
     const float* delta = row_of<const float>(b.delta, statistics, seq.batch, head, at);
     for (int i = 0; i < kLanes; i++) {
       // An infinite lse makes every probability zero: padding, and queries that see no key.
       const bool seen = i < count && lse[i] != -kInfinity;
-      tile.lse[i] = seen ? lse[i] * kLog2e : kInfinity;
+      const double exact = double(lse[i < count ? i : 0]) * kLog2e;
+      tile.lse[i] = seen ? static_cast<float>(exact) : kInfinity;
+      tile.lse_rest[i] = seen ? static_cast<float>(exact - tile.lse[i]) : 0;
       tile.delta[i] = i < count ? delta[i] * p.scale : 0;
     }
     fill(tile.dq, int64_t(p.dim) * kLanes, 0);

@@ -9,7 +9,7 @@ namespace {
 
 constexpr int kTiles = 512 / kLanes;  // tiles of a task: they share a block of keys while it is in the L2 cache
 constexpr int kTaskQueries = kTiles * kLanes;
-constexpr float kLog2e = 1.44269504f, kLn2 = 0.693147181f;
+constexpr double kLog2e = 1.4426950408889634, kLn2 = 0.6931471805599453;
 constexpr float kLowest = -3.402823466e38f;
 // Probabilities are taken relative to a reference score, not to the running maximum: exact while no score exceeds it by
 // more than this (in powers of two). Then the reference is raised to the maximum and the block is done again.
@@ -25,7 +25,7 @@ struct ForwardTile {
 };
 struct ForwardScratch {
   ForwardTile tiles[kTiles];
-  float* probabilities;  // [key][lane] of one block
+  float* probabilities;     // [key][lane] of one block
   float *block_sum, *peak;  // [lane]: of one block, the sum of probabilities and the highest score
   float *k, *v;             // [key][d] of one block, widened
 };
@@ -39,7 +39,8 @@ inline ForwardScratch carve(const ForwardParams& p, float* memory) {
   Carver carver{memory};
   ForwardScratch s;
   for (ForwardTile& tile : s.tiles)
-    tile = {carver.take(p.dim * kLanes), carver.take(p.v_dim * kLanes), carver.take(kLanes), carver.take(kLanes), false};
+    tile = {carver.take(p.dim * kLanes), carver.take(p.v_dim * kLanes), carver.take(kLanes), carver.take(kLanes),
+            false};
   s.probabilities = carver.take(kKeys * kLanes);
   s.block_sum = carver.take(kLanes);
   s.peak = carver.take(kLanes);
@@ -109,8 +110,7 @@ inline void start(ForwardTile& tile, int vectors, int dim, const Rows& k) {
 // Whether some score of the block is too far above its lane's reference (or is NaN).
 inline bool exceeds(const ForwardTile& tile, const ForwardScratch& s, int vectors) {
   VI bad = {};
-  for (int v = 0; v < vectors; v++)
-    bad |= ~(load(s.peak + v * W) - load(tile.reference + v * W) <= set1(kSlack));
+  for (int v = 0; v < vectors; v++) bad |= ~(load(s.peak + v * W) - load(tile.reference + v * W) <= set1(kSlack));
   return any(bad);
 }
 
@@ -155,7 +155,7 @@ void finish(const ForwardTile& tile, int count, int64_t blind, T* out, int64_t s
     const float sum = tile.sum[i];
     const bool nothing = i < blind || sum == 0;
     factors[i] = nothing ? 0 : 1 / sum;
-    if (lse && i < count) lse[i] = nothing ? -kInfinity : (tile.reference[i] + __builtin_log2f(sum)) * kLn2;
+    if (i < count) lse[i] = nothing ? -kInfinity : static_cast<float>((tile.reference[i] + __builtin_log2(sum)) * kLn2);
   }
   unpack_tile(out, stride, tile.out, count, v_dim, factors);
   for (int i = 0; i < blind && i < count; i++)
@@ -179,7 +179,8 @@ bool forward_task(const ForwardParams& p, const Runtime& rt, int64_t b, int64_t 
   auto queries_of = [&](int t) { return min_of(kLanes, queries - t * kLanes); };
   for (int t = 0; t < tiles; t++) {
     ForwardTile& tile = s.tiles[t];
-    pack_tile(tile.q, q + t * kLanes * p.q_strides.row, p.q_strides.row, queries_of(t), p.dim, p.scale * kLog2e);
+    pack_tile(tile.q, q + t * kLanes * p.q_strides.row, p.q_strides.row, queries_of(t), p.dim,
+              static_cast<float>(p.scale * kLog2e));
     fill(tile.out, int64_t(p.v_dim) * kLanes, 0);
     fill(tile.sum, kLanes, 0);
   }
@@ -200,7 +201,7 @@ bool forward_task(const ForwardParams& p, const Runtime& rt, int64_t b, int64_t 
   const Strides statistics = statistics_strides(p);
   for (int t = 0; t < tiles; t++) {
     const int row = begin + t * kLanes;
-    float* lse = p.lse ? row_of<float>(p.lse, statistics, seq.batch, head, seq.q_row + row) : nullptr;
+    float* lse = row_of<float>(p.lse, statistics, seq.batch, head, seq.q_row + row);
     T* out = row_of<T>(p.out, p.out_strides, seq.batch, head, seq.q_row + row);
     finish(s.tiles[t], queries_of(t), -(row + diagonal), out, p.out_strides.row, p.v_dim, lse);
   }

@@ -22,22 +22,41 @@ struct Int {
 
 enum class Operand { by_row, by_column };
 
+// acc[m][v] += a(m) * b[v] for one k; a(m) is a[m * step].
+template <int M, int N>
+TILEWISE_INLINE void multiply_step(VF (&acc)[M][N], const float* a, int64_t step, const float* b) {
+  VF row[N];
+#pragma GCC unroll 8
+  for (int v = 0; v < N; v++) row[v] = load(b + v * W);
+#pragma GCC unroll 8
+  for (int m = 0; m < M; m++) {
+    const VF x = set1(a[m * step]);
+#pragma GCC unroll 8
+    for (int v = 0; v < N; v++) acc[m][v] += x * row[v];
+  }
+}
+
 // acc[m][v] += sum over k of a(m, k) * b[k][v], where a(m, k) is a[m * lda + k] by row, a[k * lda + m] by column.
+// Blocks too small to cover the latency of an FMA sum over k in several chains.
 template <Operand kOperand, int M, int N>
 TILEWISE_INLINE void multiply(VF (&acc)[M][N], int depth, const float* a, int64_t lda, const float* b, int64_t ldb) {
-  for (int k = 0; k < depth; k++) {
-    VF row[N];
+  constexpr bool kByRow = kOperand == Operand::by_row;
+  constexpr int kChains = max_of(1, min_of(4, kRows * kVectors / (M * N)));
+  const int64_t across = kByRow ? lda : 1, along = kByRow ? 1 : lda;
+  int k = 0;
+  if constexpr (kChains > 1) {
+    VF chains[kChains][M][N] = {};
+    for (; k + kChains <= depth; k += kChains, a += kChains * along, b += kChains * ldb)
+#pragma GCC unroll 4
+      for (int c = 0; c < kChains; c++) multiply_step(chains[c], a + c * along, across, b + c * ldb);
+#pragma GCC unroll 4
+    for (int c = 0; c < kChains; c++)
 #pragma GCC unroll 8
-    for (int v = 0; v < N; v++) row[v] = load(b + v * W);
+      for (int m = 0; m < M; m++)
 #pragma GCC unroll 8
-    for (int m = 0; m < M; m++) {
-      const VF x = set1(kOperand == Operand::by_row ? a[m * lda] : a[m]);
-#pragma GCC unroll 8
-      for (int v = 0; v < N; v++) acc[m][v] += x * row[v];
-    }
-    a += kOperand == Operand::by_row ? 1 : lda;
-    b += ldb;
+        for (int v = 0; v < N; v++) acc[m][v] += chains[c][m][v];
   }
+  for (; k < depth; k++, a += along, b += ldb) multiply_step(acc, a, across, b);
 }
 
 // Calls body(Int<M>, i) for blocks of kRows rows, then of 4, 2 and 1 until all `count` are covered.
@@ -52,22 +71,22 @@ TILEWISE_INLINE void for_rows(int count, const F& body) {
   if (i < count) body(Int<1>{}, i);
 }
 
+// c[m][v] += acc[m][v]. Products are summed from zero and then added: shorter chains of roundings.
+template <int M, int N>
+TILEWISE_INLINE void add_block(const VF (&acc)[M][N], float* c, int64_t ldc) {
+#pragma GCC unroll 8
+  for (int m = 0; m < M; m++)
+#pragma GCC unroll 8
+    for (int v = 0; v < N; v++) store(c + m * ldc + v * W, load(c + m * ldc + v * W) + acc[m][v]);
+}
+
 // c[m][lane] += sum over k < depth of a(m, k) * b[k][lane] for N vectors of lanes; b and c are tiles.
 template <int N>
 void accumulate(int rows, int depth, const float* a, int64_t lda, const float* b, float* c) {
-  for_rows(rows, [&](auto block, int m0) {
-    constexpr int M = decltype(block)::value;
-    float* out = c + m0 * kLanes;
-    VF acc[M][N];
-#pragma GCC unroll 8
-    for (int m = 0; m < M; m++)
-#pragma GCC unroll 8
-      for (int v = 0; v < N; v++) acc[m][v] = load(out + m * kLanes + v * W);
-    multiply<Operand::by_column>(acc, depth, a + m0, lda, b, kLanes);
-#pragma GCC unroll 8
-    for (int m = 0; m < M; m++)
-#pragma GCC unroll 8
-      for (int v = 0; v < N; v++) store(out + m * kLanes + v * W, acc[m][v]);
+  for_rows(rows, [&](auto block, int m) {
+    VF acc[decltype(block)::value][N] = {};
+    multiply<Operand::by_column>(acc, depth, a + m, lda, b, kLanes);
+    add_block(acc, c + m * kLanes, kLanes);
   });
 }
 

@@ -46,8 +46,8 @@ inline bool runs_inline(const ForwardParams& p) {
   return double(p.batch) * p.q_heads * p.seq_q * p.seq_k * (p.dim + p.v_dim) < kInlineFlops;
 }
 
-// Threads take tasks one at a time, in order: causal tasks differ in length. `body(i)` returns false when it runs out of
-// memory.
+// Threads take tasks one at a time, in order: causal tasks differ in length. `body(i)` returns false when it runs out
+// of memory.
 template <class F>
 const char* run_tasks(const Runtime& rt, bool inlined, int64_t tasks, const F& body) {
   int64_t next = 0;

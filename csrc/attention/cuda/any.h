@@ -15,6 +15,12 @@ struct AnyArgs {
   uint32_t* fault;
 };
 
+// Differences of large numbers come before the factor log2(e): folded into the scale, as on tensor cores, it would
+// round the large numbers themselves.
+SIMT_DEVICE float exp_of(float x) {
+  return exp2_approx(x * kLog2e);
+}
+
 template <class T, int D>
 struct AnyForward {
   static constexpr int kMinArch = 800, kQueries = 64, kThreads = kQueries / kOwnRows * kLanesPerRow;
@@ -27,7 +33,7 @@ struct AnyForward {
   };
   struct State {
     float acc[kOwnRows][kOwnChunks<D>][4] = {};
-    float max[kOwnRows], sum[kOwnRows];  // max in units of log2; sum over this thread's columns
+    float max[kOwnRows], sum[kOwnRows];  // sum over this thread's columns
   };
 
   SIMT_DEVICE static void run(const Params& args, Smem& s) {
@@ -55,7 +61,7 @@ struct AnyForward {
       sync_block();
       float scores[kOwnRows][kOwnColumns];
       multiply_rows<D>(scores, s.q, s.k);
-      update(state, scores, mask, first + own_row(), key, p.scale * kLog2e);
+      update(state, scores, mask, first + own_row(), key, p.scale);
       share_weights(s.weights, scores);
       add_weighted<D>(state.acc, s.weights, s.v);
     }
@@ -67,23 +73,24 @@ struct AnyForward {
 
   // The online softmax of softmax.h; here the scale comes before the mask, so that it may have any sign.
   SIMT_DEVICE static void update(State& state, float (&scores)[kOwnRows][kOwnColumns], const DenseOrCausal& mask,
-                                 int query, int key, float scale_log2) {
+                                 int query, int key, float scale) {
 #pragma unroll
     for (int i = 0; i < kOwnRows; i++) {
+      const int limit = mask.key_limit(query + i);
       float top = -INFINITY;
 #pragma unroll
       for (int j = 0; j < kOwnColumns; j++) {
-        const bool seen = mask.sees(query + i, key + own_column() + kLanesPerRow * j);
-        scores[i][j] = seen ? scores[i][j] * scale_log2 : -INFINITY;
+        const bool seen = key + own_column() + kLanesPerRow * j < limit;
+        scores[i][j] = seen ? scores[i][j] * scale : -INFINITY;
         top = fmaxf(top, scores[i][j]);
       }
       top = fmaxf(state.max[i], warp_max(top, kLanesPerRow));
-      const float base = top == -INFINITY ? 0.f : top, correction = exp2_approx(state.max[i] - base);
+      const float base = top == -INFINITY ? 0.f : top, correction = exp_of(state.max[i] - base);
       state.max[i] = top;
       state.sum[i] *= correction;
 #pragma unroll
       for (int j = 0; j < kOwnColumns; j++) {
-        scores[i][j] = exp2_approx(scores[i][j] - base);
+        scores[i][j] = exp_of(scores[i][j] - base);
         state.sum[i] += scores[i][j];
       }
 #pragma unroll
@@ -99,7 +106,7 @@ struct AnyForward {
     for (int i = 0; i < kOwnRows; i++) {
       const float total = warp_sum(state.sum[i], kLanesPerRow);
       const int row = own_row() + i;
-      if (own_column() == 0 && row < valid) lse[row] = total == 0.f ? -INFINITY : state.max[i] * kLn2 + logf(total);
+      if (own_column() == 0 && row < valid) lse[row] = total == 0.f ? -INFINITY : state.max[i] + logf(total);
       state.sum[i] = total == 0.f ? 0.f : 1.f / total;
     }
   }
@@ -117,7 +124,8 @@ struct AnyBackward {
     float delta[kStreamRows];
   };
 
-  SIMT_DEVICE static float exponent_base(float lse) { return lse == -INFINITY ? INFINITY : lse * kLog2e; }
+  // What scores subtract. A row that saw nothing has lse -inf and no gradient: +inf makes its weights zero.
+  SIMT_DEVICE static float exponent_base(float lse) { return lse == -INFINITY ? INFINITY : lse; }
 
   template <int Rows>
   SIMT_DEVICE static void load_pair(float (&tiles)[2][Rows * kPitch<D>], const T* a, int64_t a_stride, const T* b,
@@ -181,13 +189,15 @@ struct AnyBackwardQueries : AnyBackward<T, D> {
       multiply_rows<D>(ds, s.own[0], s.streamed[0]);
       multiply_rows<D>(dp, s.own[1], s.streamed[1]);
 #pragma unroll
-      for (int i = 0; i < kOwnRows; i++)
+      for (int i = 0; i < kOwnRows; i++) {
+        const int limit = mask.key_limit(query + i);
 #pragma unroll
         for (int j = 0; j < kOwnColumns; j++) {
-          const bool seen = mask.sees(query + i, key + own_column() + kLanesPerRow * j);
-          const float weight = seen ? exp2_approx(ds[i][j] * (p.scale * kLog2e) - base[i]) : 0.f;
+          const bool seen = key + own_column() + kLanesPerRow * j < limit;
+          const float weight = seen ? exp_of(fmaf(ds[i][j], p.scale, -base[i])) : 0.f;
           ds[i][j] = weight * (dp[i][j] - delta[i]);
         }
+      }
       share_weights(s.weights, ds);
       add_weighted<D>(dq, s.weights, s.streamed[0]);
     }
@@ -231,7 +241,7 @@ struct AnyBackwardKeys : AnyBackward<T, D> {
         cp_async_commit();
         cp_async_wait<0>();
         sync_block();
-        add_tile(s, mask, p.scale * kLog2e, first + own_row(), query, dk, dv);
+        add_tile(s, mask, p.scale, first + own_row(), query, dk, dv);
       }
     cp_async_wait<0>();
     float scale[kOwnRows], one[kOwnRows];
@@ -243,7 +253,7 @@ struct AnyBackwardKeys : AnyBackward<T, D> {
                         seq.k_len - first, dv, one);
   }
 
-  SIMT_DEVICE static void add_tile(Smem& s, const DenseOrCausal& mask, float scale_log2, int key, int query,
+  SIMT_DEVICE static void add_tile(Smem& s, const DenseOrCausal& mask, float scale, int key, int query,
                                    float (&dk)[kOwnRows][kOwnChunks<D>][4], float (&dv)[kOwnRows][kOwnChunks<D>][4]) {
     float weights[kOwnRows][kOwnColumns], ds[kOwnRows][kOwnColumns];
     multiply_rows<D>(weights, s.own[0], s.streamed[0]);
@@ -253,8 +263,8 @@ struct AnyBackwardKeys : AnyBackward<T, D> {
       const int column = own_column() + kLanesPerRow * j;
 #pragma unroll
       for (int i = 0; i < kOwnRows; i++) {
-        const bool seen = mask.sees(query + column, key + i);
-        weights[i][j] = seen ? exp2_approx(weights[i][j] * scale_log2 - s.lse[column]) : 0.f;
+        const bool seen = query + column >= mask.query_begin(key + i);
+        weights[i][j] = seen ? exp_of(fmaf(weights[i][j], scale, -s.lse[column])) : 0.f;
         ds[i][j] = weights[i][j] * (ds[i][j] - s.delta[column]);
       }
     }

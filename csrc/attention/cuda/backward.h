@@ -69,14 +69,19 @@ struct BackwardQueries {
 #pragma unroll
     for (int i = 0; i < kFragments; i++)
 #pragma unroll
-      for (int j = 0; j < kStep / 8; j++)
+      for (int h = 0; h < 2; h++) {
+        const int limit = mask.key_limit(query + 16 * i + 8 * h + g) - key - 2 * t;
 #pragma unroll
-        for (int e = 0; e < 4; e++) {
-          float p = exp2_approx(scores[i][j][e] * scale_log2 - rows.base[i][e / 2]);
-          if (Masked && !mask.sees(query + 16 * i + g + 8 * (e / 2), key + 8 * j + 2 * t + e % 2)) p = 0.f;
-          dp[i][j][e] = p * (dp[i][j][e] - rows.delta[i][e / 2]);
-        }
-    multiply_weights<D>(dq, dp, s.k[stage], row);
+        for (int j = 0; j < kStep / 8; j++)
+#pragma unroll
+          for (int c = 0; c < 2; c++) {
+            const int e = 2 * h + c;
+            float p = exp2_approx(scores[i][j][e] * scale_log2 - rows.base[i][h]);
+            if (Masked && 8 * j + c >= limit) p = 0.f;
+            dp[i][j][e] = p * (dp[i][j][e] - rows.delta[i][h]);
+          }
+      }
+    multiply<D>(dq, dp, s.k[stage], row);
   }
 
   SIMT_DEVICE static void run(const Params& args, Smem& s) {
@@ -117,9 +122,11 @@ struct BackwardQueries {
         }
         cp_async_commit();
         if (tile < full)
+#pragma unroll 1
           for (int row = 0; row < kKeys; row += kStep)
             step<false>(s, stage, row, mask, rows, scale_log2, query, tile * kKeys + row, dq);
         else
+#pragma unroll 1
           for (int row = 0; row < kKeys; row += kStep)
             step<true>(s, stage, row, mask, rows, scale_log2, query, tile * kKeys + row, dq);
       }
@@ -144,21 +151,25 @@ struct BackwardKeys {
     alignas(128) T v[kKeys * D];
     alignas(128) T q[2][kQueries * D];
     alignas(128) T dout[2][kQueries * D];
-    float lse[2][kQueries];
-    float delta[2][kQueries];
+    alignas(16) float lse[2][kQueries];
+    alignas(16) float delta[2][kQueries];
   };
   struct Gradients {
     float dk[kFragments][D / 8][4] = {}, dv[kFragments][D / 8][4] = {};
   };
-  struct Group {  // the query heads that share the block's keys, and their tiles that see one
-    int head, first_tile, tiles;
+  // A tile of queries: they come head by head, each from the first tile that sees a key of the block.
+  struct Cursor {
+    int head, first;
+
+    SIMT_DEVICE Cursor next(int begin, int q_len) const {
+      return first + kQueries < q_len ? Cursor{head, first + kQueries} : Cursor{head + 1, begin};
+    }
   };
 
-  // Starts the copy of tile `index` of the group; queries past the end become zero, and so do their gradients.
-  SIMT_DEVICE static void load_queries(Smem& s, int stage, const BackwardParams& b, const Sequence& seq,
-                                       const Group& group, int index) {
+  // Starts the copy of a tile; queries past the end become zero, and so do their gradients.
+  SIMT_DEVICE static void load_queries(Smem& s, int stage, const BackwardParams& b, const Sequence& seq, Cursor at) {
     const ForwardParams& p = b.forward;
-    const int head = group.head + index / group.tiles, first = (group.first_tile + index % group.tiles) * kQueries;
+    const int head = at.head, first = at.first;
     const Loader queries(row_pointer<T>(p.q, p.q_strides, seq.batch, head, seq.q_row + first), p.q_strides.row);
     const Loader douts(row_pointer<T>(b.dout, b.dout_strides, seq.batch, head, seq.q_row + first), b.dout_strides.row);
     queries.template load<kQueries>(s.q[stage], seq.q_len - first);
@@ -173,31 +184,48 @@ struct BackwardKeys {
       cp_async4(&s.delta[stage][row], b.delta + from, exists);
   }
 
+  SIMT_DEVICE static void hide(float (&scores)[kFragments][kStep / 8][4], const Mask& mask, int key, int query) {
+    const int g = lane_id() >> 2, t = lane_id() & 3;
+#pragma unroll
+    for (int i = 0; i < kFragments; i++)
+#pragma unroll
+      for (int h = 0; h < 2; h++) {
+        const int begin = mask.query_begin(key + 16 * i + 8 * h + g) - query - 2 * t;
+#pragma unroll
+        for (int j = 0; j < kStep / 8; j++)
+#pragma unroll
+          for (int e = 0; e < 2; e++)
+            if (8 * j + e < begin) scores[i][j][2 * h + e] = -INFINITY;
+      }
+  }
+
   // Adds the queries [column, column + kStep) of a tile; `query` is the first one's index in the sequence.
   template <bool Masked>
   SIMT_DEVICE static void step(const Smem& s, int stage, int column, const Mask& mask, float scale_log2, int key,
                                int query, Gradients& sums) {
-    const int own = warp_id() * kWarpRows, g = lane_id() >> 2, t = lane_id() & 3;
+    const int own = warp_id() * kWarpRows, t = lane_id() & 3;
     float p[kFragments][kStep / 8][4] = {}, ds[kFragments][kStep / 8][4] = {};
     multiply_transposed<D>(p, s.k, own, s.q[stage], column);
+    if (Masked) hide(p, mask, key, query);
     multiply_transposed<D>(ds, s.v, own, s.dout[stage], column);
 #pragma unroll
-    for (int j = 0; j < kStep / 8; j++)
+    for (int j = 0; j < kStep / 8; j++) {
+      const uint2 lse = load8(&s.lse[stage][column + 8 * j + 2 * t]);
+      const uint2 delta = load8(&s.delta[stage][column + 8 * j + 2 * t]);
 #pragma unroll
       for (int c = 0; c < 2; c++) {
-        const int at = 8 * j + 2 * t + c;
-        const float base = exponent_base(s.lse[stage][column + at]), delta = s.delta[stage][column + at];
+        const float base = exponent_base(bits_f32(c ? lse.y : lse.x)), d = bits_f32(c ? delta.y : delta.x);
 #pragma unroll
         for (int i = 0; i < kFragments; i++)
 #pragma unroll
           for (int e = c; e < 4; e += 2) {
             p[i][j][e] = exp2_approx(p[i][j][e] * scale_log2 - base);
-            if (Masked && !mask.sees(query + at, key + 16 * i + g + 8 * (e / 2))) p[i][j][e] = 0.f;
-            ds[i][j][e] = p[i][j][e] * (ds[i][j][e] - delta);
+            ds[i][j][e] = p[i][j][e] * (ds[i][j][e] - d);
           }
       }
-    multiply_weights<D>(sums.dv, p, s.dout[stage], column);
-    multiply_weights<D>(sums.dk, ds, s.q[stage], column);
+    }
+    multiply<D>(sums.dv, p, s.dout[stage], column);
+    multiply<D>(sums.dk, ds, s.q[stage], column);
   }
 
   SIMT_DEVICE static void run(const Params& args, Smem& s) {
@@ -209,30 +237,33 @@ struct BackwardKeys {
     if (first >= seq.k_len) return;
 
     const Mask mask{seq.q_len, seq.k_len};
-    const int first_tile = mask.query_begin(first) / kQueries, full = mask.full_query_begin(first + kKeys);
-    const Group group = {kv_head * heads, first_tile, ceil_div(seq.q_len, kQueries) - first_tile};
+    const int begin = mask.query_begin(first) / kQueries * kQueries, full = mask.full_query_begin(first + kKeys);
     const int key = first + warp_id() * kWarpRows;
     const float scale_log2 = p.scale * kLog2e;
     const int64_t row = seq.k_row + first;
     Gradients sums;
-    if (group.tiles > 0) {
+    if (begin < seq.q_len) {
       const Loader keys(row_pointer<T>(p.k, p.k_strides, seq.batch, kv_head, row), p.k_strides.row);
       const Loader values(row_pointer<T>(p.v, p.v_strides, seq.batch, kv_head, row), p.v_strides.row);
       keys.template load<kKeys>(s.k, seq.k_len - first);
       values.template load<kKeys>(s.v, seq.k_len - first);
-      load_queries(s, 0, b, seq, group, 0);
+      Cursor at = {kv_head * heads, begin};
+      load_queries(s, 0, b, seq, at);
       cp_async_commit();
-      const int total = group.tiles * heads;
-      for (int index = 0; index < total; index++) {
-        const int stage = index % 2, query = (first_tile + index % group.tiles) * kQueries;
+      const int end = at.head + heads;
+      for (int stage = 0; at.head < end; stage ^= 1) {
+        const int query = at.first;
+        at = at.next(begin, seq.q_len);
         cp_async_wait<0>();
         sync_block();  // this stage has arrived, and every warp has done with the other one
-        if (index + 1 < total) load_queries(s, stage ^ 1, b, seq, group, index + 1);
+        if (at.head < end) load_queries(s, stage ^ 1, b, seq, at);
         cp_async_commit();
         if (query >= full)
+#pragma unroll 1
           for (int column = 0; column < kQueries; column += kStep)
             step<false>(s, stage, column, mask, scale_log2, key, query + column, sums);
         else
+#pragma unroll 1
           for (int column = 0; column < kQueries; column += kStep)
             step<true>(s, stage, column, mask, scale_log2, key, query + column, sums);
       }

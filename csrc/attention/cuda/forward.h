@@ -30,12 +30,13 @@ struct Forward {
   struct State {
     float acc[kFragments][D / 8][4] = {};
     SoftmaxRows<kFragments> rows;
+    SIMT_DEVICE explicit State(float scale) : rows(scale) {}
   };
 
   // `keys` stands on the tile above, `values` on this tile; only the very first tile may have missing rows.
   template <bool Masked>
   SIMT_DEVICE static void step(Smem& s, Loader& keys, Loader& values, const Mask& mask, int query, int tile,
-                               float scale_log2, State& state) {
+                               State& state) {
     cp_async_wait<0>();
     sync_block();  // the keys have arrived, and every warp has done with the previous values
     if (Masked)
@@ -52,8 +53,8 @@ struct Forward {
     keys.skip(-kKeys);
     cp_async_commit();
     if (Masked) hide(scores, mask, query, tile * kKeys);
-    state.rows.update(scores, state.acc, scale_log2);
-    multiply_weights<D>(state.acc, scores, s.v, 0);
+    state.rows.update(scores, state.acc);
+    multiply<D>(state.acc, scores, s.v, 0);
   }
 
   SIMT_DEVICE static void hide(float (&scores)[kFragments][kKeys / 8][4], const Mask& mask, int query, int key) {
@@ -61,10 +62,14 @@ struct Forward {
 #pragma unroll
     for (int i = 0; i < kFragments; i++)
 #pragma unroll
-      for (int j = 0; j < kKeys / 8; j++)
+      for (int h = 0; h < 2; h++) {
+        const int limit = mask.key_limit(query + 16 * i + 8 * h + g) - key - 2 * t;
 #pragma unroll
-        for (int e = 0; e < 4; e++)
-          if (!mask.sees(query + 16 * i + g + 8 * (e / 2), key + 8 * j + 2 * t + e % 2)) scores[i][j][e] = -INFINITY;
+        for (int j = 0; j < kKeys / 8; j++)
+#pragma unroll
+          for (int e = 0; e < 2; e++)
+            if (8 * j + e >= limit) scores[i][j][2 * h + e] = -INFINITY;
+      }
   }
 
   SIMT_DEVICE static void run(const Params& args, Smem& s) {
@@ -77,9 +82,7 @@ struct Forward {
 
     const Mask mask{seq.q_len, seq.k_len};
     const int query = first + warp_id() * kWarpRows;
-    const float scale_log2 = p.scale * kLog2e;
-    State state;
-    state.rows.clear();
+    State state(p.scale);
     int tile = ceil_div(mask.key_end(first + kQueries), kKeys) - 1;
     if (tile >= 0) {
       const int64_t key = seq.k_row + tile * kKeys;
@@ -92,11 +95,11 @@ struct Forward {
       cp_async_commit();
       // Downwards, so that the tiles that need masking come first.
       const int full = mask.full_key_end(first) / kKeys;
-      for (; tile >= full; tile--) step<true>(s, keys, values, mask, query, tile, scale_log2, state);
-      for (; tile >= 0; tile--) step<false>(s, keys, values, mask, query, tile, scale_log2, state);
+      for (; tile >= full; tile--) step<true>(s, keys, values, mask, query, tile, state);
+      for (; tile >= 0; tile--) step<false>(s, keys, values, mask, query, tile, state);
     }
 
-    state.rows.finish(state.acc, scale_log2);
+    state.rows.finish(state.acc);
     store_lse(p.lse + stats_index(p, seq, head), state.rows, query, seq.q_len);
     store_accumulators<D>(row_pointer<T>(p.out, p.out_strides, seq.batch, head, seq.q_row + query), p.out_strides.row,
                           seq.q_len - query, state.acc, s.q, warp_id() * kWarpRows);

@@ -9,42 +9,72 @@ namespace tilewise::attention {
 // A thread's rows: row 16 i + g + 8 h of the warp is rows [i][h]. `sum` covers this thread's columns only.
 template <int M>
 struct SoftmaxRows {
-  float max[M][2], sum[M][2];
+  // Below every score, yet finite: differences to it are never NaN, even while a row has seen nothing.
+  static constexpr float kLowest = -3e38f;
+  static constexpr float kSlack = 8.f;
+  float scale_log2;
+  float max[M][2], sum[M][2];  // max in units of log2
 
-  SIMT_DEVICE void clear() {
+  SIMT_DEVICE explicit SoftmaxRows(float scale) : scale_log2(scale * kLog2e) {
 #pragma unroll
     for (int i = 0; i < M; i++)
 #pragma unroll
       for (int h = 0; h < 2; h++) {
-        max[i][h] = -INFINITY;
+        max[i][h] = kLowest;
         sum[i][h] = 0.f;
       }
   }
 
-  // Turns scores into probabilities relative to the new maximum, and rescales what was summed before.
+  // Turns scores into probabilities relative to `max` and adds them up. The maximum follows only when a row of the warp
+  // outgrows it by more than 2^kSlack: probabilities then stay small enough for fp16 and lose no precision, and most
+  // tiles leave `acc` alone. The branch stands behind the sums for a reason: without it ptxas delays these additions
+  // until after the products that follow, and spills.
   template <int N, int V>
-  SIMT_DEVICE void update(float (&scores)[M][N][4], float (&acc)[M][V][4], float scale_log2) {
+  SIMT_DEVICE void update(float (&scores)[M][N][4], float (&acc)[M][V][4]) {
+    float top[M][2], total[M][2] = {};
+    bool outgrown = false;
 #pragma unroll
     for (int i = 0; i < M; i++)
 #pragma unroll
       for (int h = 0; h < 2; h++) {
-        float top = max[i][h];
+        float t = -INFINITY;
 #pragma unroll
-        for (int j = 0; j < N; j++) top = fmaxf(top, fmaxf(scores[i][j][2 * h], scores[i][j][2 * h + 1]));
-        top = fmaxf(top, shfl_xor(top, 1));
-        top = fmaxf(top, shfl_xor(top, 2));
-        const float base = top == -INFINITY ? 0.f : top * scale_log2;  // nothing seen yet: exp2(-inf) must stay 0
-        const float correction = exp2_approx(max[i][h] * scale_log2 - base);
-        max[i][h] = top;
-        float total = 0.f;
+        for (int j = 0; j < N; j++) t = fmaxf(t, fmaxf(scores[i][j][2 * h], scores[i][j][2 * h + 1]));
+        t = fmaxf(t, shfl_xor(t, 1));
+        t = fmaxf(t, shfl_xor(t, 2));
+        top[i][h] = fmaxf(max[i][h], t * scale_log2);
+        outgrown |= top[i][h] > max[i][h] + kSlack;
+      }
+    outgrown = warp_any(outgrown);
+#pragma unroll
+    for (int i = 0; i < M; i++)
+#pragma unroll
+      for (int h = 0; h < 2; h++) {
+        if (!outgrown) top[i][h] = max[i][h];
 #pragma unroll
         for (int j = 0; j < N; j++)
 #pragma unroll
           for (int e = 2 * h; e < 2 * h + 2; e++) {
-            scores[i][j][e] = exp2_approx(scores[i][j][e] * scale_log2 - base);
-            total += scores[i][j][e];
+            scores[i][j][e] = exp2_approx(scores[i][j][e] * scale_log2 - top[i][h]);
+            total[i][h] += scores[i][j][e];
           }
-        sum[i][h] = sum[i][h] * correction + total;
+      }
+    if (outgrown) raise(top, acc);
+#pragma unroll
+    for (int i = 0; i < M; i++)
+#pragma unroll
+      for (int h = 0; h < 2; h++) sum[i][h] += total[i][h];
+  }
+
+  template <int V>
+  SIMT_DEVICE void raise(const float (&top)[M][2], float (&acc)[M][V][4]) {
+#pragma unroll
+    for (int i = 0; i < M; i++)
+#pragma unroll
+      for (int h = 0; h < 2; h++) {
+        const float correction = exp2_approx(max[i][h] - top[i][h]);
+        max[i][h] = top[i][h];
+        sum[i][h] *= correction;
 #pragma unroll
         for (int j = 0; j < V; j++) {
           acc[i][j][2 * h] *= correction;
@@ -56,7 +86,7 @@ struct SoftmaxRows {
   // Divides by the sums and leaves the natural-log normalisers in `max`: -inf for a row that saw nothing, whose values
   // are 0; NaN passes through.
   template <int V>
-  SIMT_DEVICE void finish(float (&acc)[M][V][4], float scale_log2) {
+  SIMT_DEVICE void finish(float (&acc)[M][V][4]) {
 #pragma unroll
     for (int i = 0; i < M; i++)
 #pragma unroll
@@ -64,8 +94,8 @@ struct SoftmaxRows {
         float total = sum[i][h];
         total += shfl_xor(total, 1);
         total += shfl_xor(total, 2);
-        const float inverse = total == 0.f ? 0.f : 1.f / total;
-        max[i][h] = total == 0.f ? -INFINITY : max[i][h] * scale_log2 * kLn2 + logf(total);
+        const float inverse = total == 0.f ? 0.f : rcp_approx(total);
+        max[i][h] = total == 0.f ? -INFINITY : (max[i][h] + log2_approx(total)) * kLn2;
 #pragma unroll
         for (int j = 0; j < V; j++) {
           acc[i][j][2 * h] *= inverse;

@@ -35,42 +35,50 @@ struct TileLoader {
   // Starts the copy of Rows rows, all of which exist.
   template <int Rows>
   SIMT_DEVICE void load(T* tile) const {
-    load<Rows>(tile, Rows);
+    copy<Rows>(tile, [](int) { return true; });
   }
   // Starts the copy of rows [0, valid); the others become zero.
   template <int Rows>
   SIMT_DEVICE void load(T* tile, int valid) const {
+    const int remaining = valid - thread_id() / kChunks;
+    copy<Rows>(tile, [=](int row) { return row < remaining; });
+  }
+
+ private:
+  template <int Rows, class Exists>
+  SIMT_DEVICE void copy(T* tile, Exists exists) const {
     static_assert(Threads % kChunks == 0 && Rows % kRowsPerPass == 0, "whole passes");
-    const int first = thread_id() / kChunks;
-    T* to = tile + tile_at<D>(first, thread_id() % kChunks);
+    static_assert(kRowsPerPass % 8 == 0, "the same swizzle in every pass");
+    T* to = tile + tile_at<D>(thread_id() / kChunks, thread_id() % kChunks);
     const T* source = from;
 #pragma unroll
-    for (int row = 0; row < Rows; row += kRowsPerPass, source += kRowsPerPass * stride) {
-      static_assert(kRowsPerPass % 8 == 0, "the same swizzle in every pass");
-      const bool exists = first + row < valid;
-      cp_async16(to + row * D, exists ? source : from, exists);
-    }
+    for (int row = 0; row < Rows; row += kRowsPerPass, source += kRowsPerPass * stride)
+      cp_async16(to + row * D, exists(row) ? source : from, exists(row));
   }
 };
 
+// The offset of the chunk that stands `columns` (a multiple of 16) behind the even or odd first chunk at offset `at`.
+// Where tiles start and which row is meant does not matter to the swizzle as long as rows move by multiples of 8, so a
+// lane needs four XORs per operand at most; all else is a constant that ldmatrix adds by itself.
+SIMT_DEVICE int step_columns(int at, int columns) {
+  return (at ^ (columns & 63)) + (columns & 64);
+}
+
 // acc += A B^T: A is rows [a_row, a_row + 16 M) of tile a, B rows [b_row, b_row + 8 N) of tile b.
-//
-// Both row offsets are multiples of 8, so a lane's swizzle never changes: a step along D is one XOR of its offset, and
-// a step along the rows a constant, which ldmatrix adds by itself.
 template <int D, int M, int N, class T>
 SIMT_DEVICE void multiply_transposed(float (&acc)[M][N][4], const T* a, int a_row, const T* b, int b_row) {
   const int lane = lane_id();
   const int a_at = tile_at<D>(a_row + (lane & 15), lane >> 4);
   const int b_at = tile_at<D>(b_row + (lane & 7) + (lane >> 4 << 3), lane >> 3 & 1);
-#pragma unroll
+#pragma unroll(D / 32)  // all steps at once make ptxas prefetch so much that it spills
   for (int k = 0; k < D; k += 16) {
     uint32_t fa[M][4];
 #pragma unroll
-    for (int i = 0; i < M; i++) ldmatrix_x4(fa[i], a + 16 * i * D + (a_at ^ k));
+    for (int i = 0; i < M; i++) ldmatrix_x4(fa[i], a + 16 * i * D + step_columns(a_at, k));
 #pragma unroll
     for (int j = 0; j < N; j += 2) {
       uint32_t fb[4];
-      ldmatrix_x4(fb, b + 8 * j * D + (b_at ^ k));
+      ldmatrix_x4(fb, b + 8 * j * D + step_columns(b_at, k));
 #pragma unroll
       for (int i = 0; i < M; i++) {
         mma_m16n8k16<T>(acc[i][j], fa[i], fb[0], fb[1]);
@@ -82,7 +90,7 @@ SIMT_DEVICE void multiply_transposed(float (&acc)[M][N][4], const T* a, int a_ro
 
 // acc += A B: A is `weights`, rounded to T; B is rows [b_row, b_row + 8 K) of tile b.
 template <int D, int M, int K, class T>
-SIMT_DEVICE void multiply_weights(float (&acc)[M][D / 8][4], const float (&weights)[M][K][4], const T* b, int b_row) {
+SIMT_DEVICE void multiply(float (&acc)[M][D / 8][4], const float (&weights)[M][K][4], const T* b, int b_row) {
   const int lane = lane_id();
   const int b_at = tile_at<D>(b_row + (lane & 15), lane >> 4);
 #pragma unroll
@@ -91,14 +99,15 @@ SIMT_DEVICE void multiply_weights(float (&acc)[M][D / 8][4], const float (&weigh
 #pragma unroll
     for (int i = 0; i < M; i++)
 #pragma unroll
-      for (int r = 0; r < 4; r++) {
-        const float (&pair)[4] = weights[i][k + r / 2];
-        fa[i][r] = pack2<T>(pair[2 * (r % 2)], pair[2 * (r % 2) + 1]);
+      for (int half = 0; half < 2; half++) {
+        const float (&x)[4] = weights[i][k + half];
+        fa[i][2 * half] = pack2<T>(x[0], x[1]);
+        fa[i][2 * half + 1] = pack2<T>(x[2], x[3]);
       }
 #pragma unroll
     for (int j = 0; j < D / 8; j += 2) {
       uint32_t fb[4];
-      ldmatrix_x4_trans(fb, b + 8 * k * D + (b_at ^ 8 * j));
+      ldmatrix_x4_trans(fb, b + 8 * k * D + step_columns(b_at, 8 * j));
 #pragma unroll
       for (int i = 0; i < M; i++) {
         mma_m16n8k16<T>(acc[i][j], fa[i], fb[0], fb[1]);

@@ -46,8 +46,8 @@ void back_to_scheduler(Context& from, bool from_is_finished = false) {
   switch_context(from, block->scheduler, from_is_finished);
 }
 
-// The index of the fiber to run under a random schedule. Even seeds draw any; odd seeds mostly run one warp ahead of the
-// others, as far as it gets: bugs that need a producer far ahead of its consumers would otherwise hardly show.
+// The index of the fiber to run under a random schedule. Even seeds draw any; odd seeds mostly run one warp ahead of
+// the others, as far as it gets: bugs that need a producer far ahead of its consumers would otherwise hardly show.
 size_t random_ready() {
   const std::deque<Fiber*>& ready = block->ready;
   const bool any = block->config->seed % 2 == 0 || block->random.one_in(32);
@@ -246,16 +246,21 @@ struct Progress {
   std::vector<unsigned> order;
   size_t next = 0;
   std::string error;
+  size_t error_position = 0;
 
-  bool take(unsigned* index) {
+  // The next block's position in `order`.
+  bool take(size_t* position) {
     std::lock_guard<std::mutex> lock(mutex);
     if (next == order.size() || !error.empty()) return false;
-    *index = order[next++];
+    *position = next++;
     return true;
   }
-  void report(const std::string& text) {
+  // Keeps the first failure in order, not in time: a seed must reproduce it whatever the host threads do.
+  void report(size_t position, const std::string& text) {
     std::lock_guard<std::mutex> lock(mutex);
-    if (error.empty()) error = text;
+    if (!error.empty() && error_position < position) return;
+    error = text;
+    error_position = position;
   }
 };
 
@@ -263,10 +268,10 @@ void run_blocks(const Launch& launch, const Config& config, Progress& progress) 
   const size_t bytes = (launch.smem_bytes + 2 * kCanaryBytes + 1023) / 1024 * 1024;
   auto* arena = static_cast<unsigned char*>(aligned_alloc(1024, bytes));
   const HeartbeatScope watched(config.watchdog_s);
-  unsigned index = 0;
-  while (progress.take(&index)) {
-    const std::string error = run_block(launch, config, index, arena + kCanaryBytes);
-    if (!error.empty()) progress.report(error);
+  size_t position = 0;
+  while (progress.take(&position)) {
+    const std::string error = run_block(launch, config, progress.order[position], arena + kCanaryBytes);
+    if (!error.empty()) progress.report(position, error);
   }
   free(arena);
 }
