@@ -5,6 +5,7 @@
 
 #include "common/check.h"
 #include "common/dispatch.h"
+#include "common/pages.h"
 #include "fft_conv/params.h"
 #include "fft_conv/plan.h"
 
@@ -164,6 +165,14 @@ BackwardParams backward_params(const FftConvInputs& in, const Tensor* dy, const 
   return p;
 }
 
+// Raises for calls beyond what this machine's kernels serve.
+void check_served(const Check& check, const ForwardParams& params, Device device) {
+  const bool empty = params.batch == 0 || params.heads == 0 || params.length == 0;
+  const Kernels* kernels = empty ? nullptr : select_kernels(kKernels, device);
+  const char* limit = kernels && kernels->unsupported ? kernels->unsupported(params) : nullptr;
+  if (limit) check.fail(ErrorKind::not_implemented, "u", "has %s, expected a length that a kernel serves", limit);
+}
+
 // Bytes to allocate, so that an aligned part of them suffices.
 template <class Params>
 int64_t workspace_bytes(const Tensor& u, int64_t (*Kernels::*query)(const Params&), const Params& params) {
@@ -185,6 +194,11 @@ void* check_workspace(const Check& check, const FftConvInputs& in, int64_t bytes
   return reinterpret_cast<void*>((address + kWorkspaceAlignment - 1) / kWorkspaceAlignment * kWorkspaceAlignment);
 }
 
+void expect_writes(const Tensor* t) {
+  if (t && t->device.type == DeviceType::cpu && t->contiguous())
+    advise_huge_pages(t->data, t->numel() * item_size(t->dtype));
+}
+
 void fill_zero(const Tensor* t) {
   if (t && t->numel()) std::memset(t->data, 0, t->numel() * item_size(t->dtype));
 }
@@ -192,13 +206,19 @@ void fill_zero(const Tensor* t) {
 }  // namespace
 
 int64_t fft_conv_forward_workspace(const FftConvInputs& in) {
-  check_inputs(Check("fft_conv"), in);
-  return workspace_bytes(in.u, &Kernels::forward_workspace, forward_params(in, nullptr));
+  const Check check("fft_conv");
+  check_inputs(check, in);
+  const ForwardParams params = forward_params(in, nullptr);
+  check_served(check, params, in.u.device);
+  return workspace_bytes(in.u, &Kernels::forward_workspace, params);
 }
 
 int64_t fft_conv_backward_workspace(const FftConvInputs& in, const FftConvGradients& out) {
-  check_inputs(Check("fft_conv_backward"), in);
-  return workspace_bytes(in.u, &Kernels::backward_workspace, backward_params(in, nullptr, out));
+  const Check check("fft_conv_backward");
+  check_inputs(check, in);
+  const BackwardParams params = backward_params(in, nullptr, out);
+  check_served(check, params.forward, in.u.device);
+  return workspace_bytes(in.u, &Kernels::backward_workspace, params);
 }
 
 void fft_conv_forward(const FftConvInputs& in, const Tensor& y, void* stream) {
@@ -209,7 +229,9 @@ void fft_conv_forward(const FftConvInputs& in, const Tensor& y, void* stream) {
   check_apart(check, y, "y", in);
   if (in.u.numel() == 0) return;
   ForwardParams params = forward_params(in, &y);
+  check_served(check, params, in.u.device);
   params.workspace = check_workspace(check, in, workspace_bytes(in.u, &Kernels::forward_workspace, params));
+  expect_writes(&y);
   run_kernel("fft_conv", kKernels, in.u.device, &Kernels::forward, params, stream);
 }
 
@@ -225,7 +247,9 @@ void fft_conv_backward(const FftConvInputs& in, const Tensor& dy, const FftConvG
     return;
   }
   BackwardParams params = backward_params(in, &dy, out);
+  check_served(check, params.forward, in.u.device);
   params.forward.workspace = check_workspace(check, in, workspace_bytes(in.u, &Kernels::backward_workspace, params));
+  for (const Tensor* t : {out.du, out.dk, out.dpregate, out.dpostgate}) expect_writes(t);
   run_kernel("fft_conv_backward", kKernels, in.u.device, &Kernels::backward, params, stream);
 }
 

@@ -46,6 +46,9 @@ struct Kernels {
   KernelFn<BackwardParams> backward;
   int64_t (*forward_workspace)(const ForwardParams&);    // bytes; reads sizes and types only
   int64_t (*backward_workspace)(const BackwardParams&);  // bytes
+  // Null where this machine serves the call, else the limit that it exceeds ("length above 16384"): the caller raises
+  // NotImplementedError. Reads sizes and types only. A null function serves everything.
+  const char* (*unsupported)(const ForwardParams&);
 };
 
 }  // namespace tilewise::fft_conv

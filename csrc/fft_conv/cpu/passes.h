@@ -128,80 +128,107 @@ TILEWISE_INLINE void merge_real(const Plan& plan, Complex* t) {
   }
 }
 
-// Positions from which on some of the first pass's R vectors reach beyond the row.
-inline int64_t full_positions(int64_t length, int radix, int64_t m) {
+// Positions up to which none of the first pass's R vectors reaches beyond a plain row.
+inline int64_t direct_positions(bool plain, int64_t length, int radix, int64_t m) {
   const int64_t full = length - (radix - 1) * m;
-  return full <= 0 ? 0 : min_of(full / W * W, m);
+  return !plain || full <= 0 ? 0 : min_of(full / W * W, m);
 }
 
-template <int R, class T>
-inline void first_pass(const Plan& plan, const Signal<T>& in, float* x) {
+template <int R>
+inline void first_pass(const Plan& plan, const Signal& in, float* x) {
   const int64_t m = block_size(plan), stride = block_stride(plan);
-  const int64_t full = full_positions(in.length, R, m);
-  const auto position = [&](int64_t j, const auto& load_at) TILEWISE_LAMBDA {
+  const int64_t direct = direct_positions(in.plain, in.length, R, m);
+  float fetched[R * W];
+  for (int64_t j = 0; j < m; j += W) {
     VF a[R];
+    if (j < direct) {
+      unroll<R>([&](auto s) TILEWISE_LAMBDA { a[s] = load(in.floats() + s * m + j); });
+    } else {
+      in.fetch(in, j, m, R, fetched);
+      unroll<R>([&](auto s) TILEWISE_LAMBDA { a[s] = load(fetched + s * W); });
+    }
     Complex t[R];
-    unroll<R>([&](auto s) TILEWISE_LAMBDA { a[s] = load_at(s * m + j); });
     split_real<R>(plan, a, t);
     unroll<R>([&](auto s) TILEWISE_LAMBDA { store_complex(x + s * stride + 2 * j, t[s]); });
-  };
-  int64_t j = 0;
-  for (; j < full; j += W) position(j, [&](int64_t i) TILEWISE_LAMBDA { return in.full(i); });
-  for (; j < m; j += W) position(j, [&](int64_t i) TILEWISE_LAMBDA { return in.clipped(i); });
+  }
 }
-template <class T>
-inline void first_pass(const Plan& plan, const Signal<T>& in, float* x) {
+inline void first_pass(const Plan& plan, const Signal& in, float* x) {
   with_radix(plan.first_radix, [&](auto r) { first_pass<r>(plan, in, x); });
 }
 
-template <int R, class T>
-inline void last_pass(const Plan& plan, const float* x, const Sink<T>& out) {
+// Where the other half of a result stands (plan.h), if it is needed at all.
+enum class Wrap {
+  none,         // causal: the real part alone
+  convolution,  // circular: z[l] + z[l + L], z[N + n] being the imaginary part of z[n]
+  correlation,  // circular: z[l] - z[2N - L + l]
+};
+
+// Writes Re z, the causal result, or Re z + sign Im z: the circular one of a period that is N itself.
+template <int R, bool kWrapped>
+inline void last_pass(const Plan& plan, const float* x, const Sink& out, float sign) {
   const int64_t m = block_size(plan), stride = block_stride(plan);
-  const int64_t full = full_positions(out.length, R, m);
-  const auto position = [&](int64_t j, const auto& store_at) TILEWISE_LAMBDA {
+  const int64_t direct = direct_positions(out.plain, out.length, R, m);
+  float results[R * W];
+  for (int64_t j = 0; j < m; j += W) {
     Complex t[R];
     unroll<R>([&](auto s) TILEWISE_LAMBDA { t[s] = load_complex(x + s * stride + 2 * j); });
-    merge_real<R, false>(plan, t);
-    unroll<R>([&](auto s) TILEWISE_LAMBDA { store_at(s * m + j, t[s].re); });
-  };
-  int64_t j = 0;
-  for (; j < full; j += W) position(j, [&](int64_t i, VF v) TILEWISE_LAMBDA { out.full(i, v); });
-  for (; j < m; j += W) position(j, [&](int64_t i, VF v) TILEWISE_LAMBDA { out.clipped(i, v); });
+    merge_real<R, kWrapped>(plan, t);
+    if constexpr (kWrapped) unroll<R>([&](auto s) TILEWISE_LAMBDA { t[s].re += set1(sign) * t[s].im; });
+    if (j < direct) {
+      unroll<R>([&](auto s) TILEWISE_LAMBDA { store(out.floats() + s * m + j, t[s].re); });
+    } else {
+      unroll<R>([&](auto s) TILEWISE_LAMBDA { store(results + s * W, t[s].re); });
+      out.put(out, j, m, R, results);
+    }
+  }
 }
 
-// Both parts, planar: z[0, N) real, z[N, 2N) imaginary.
+// Both parts as plain arrays of N; re and im do not share L1 sets (kBlockPadding).
 template <int R>
-inline void last_pass_complex(const Plan& plan, const float* x, float* z) {
+inline void last_pass_planar(const Plan& plan, const float* x, float* re, float* im) {
   const int64_t m = block_size(plan), stride = block_stride(plan);
   for (int64_t j = 0; j < m; j += W) {
     Complex t[R];
     unroll<R>([&](auto s) TILEWISE_LAMBDA { t[s] = load_complex(x + s * stride + 2 * j); });
     merge_real<R, true>(plan, t);
     unroll<R>([&](auto s) TILEWISE_LAMBDA {
-      store(z + s * m + j, t[s].re);
-      store(z + plan.size + s * m + j, t[s].im);
+      store(re + s * m + j, t[s].re);
+      store(im + s * m + j, t[s].im);
     });
   }
 }
 
-// What a spectrum is the product of decides where its other half stands (plan.h).
-enum class Wrap {
-  none,         // causal: the real part
-  convolution,  // circular: z[l] + z[l + L]
-  correlation,  // circular: z[l] - z[2N - L + l]
-};
+// Floats that wrapped_pass needs, vectors of slack behind either part included.
+inline int64_t planar_size(const Plan& plan) {
+  return 2 * (plan.size + kBlockPadding);
+}
 
-template <class T>
-inline void last_pass(const Plan& plan, const float* x, const Sink<T>& out, Wrap wrap, int64_t period, float* z) {
-  if (wrap == Wrap::none) return with_radix(plan.first_radix, [&](auto r) { last_pass<r>(plan, x, out); });
-  with_radix(plan.first_radix, [&](auto r) { last_pass_complex<r>(plan, x, z); });
-  const bool added = wrap == Wrap::convolution;
-  const float* other = added ? z + period : z + 2 * plan.size - period;
-  const VF sign = set1(added ? 1.f : -1.f);
+// The circular result of a period below N, through both parts in `planar`.
+inline void wrapped_pass(const Plan& plan, const float* x, const Sink& out, Wrap wrap, int64_t period, float* planar) {
+  float *re = planar, *im = planar + plan.size + kBlockPadding;
+  with_radix(plan.first_radix, [&](auto r) { last_pass_planar<r>(plan, x, re, im); });
+  const int64_t short_by = plan.size - period;
+  // A convolution's z[l + L] is still in the real part for the first N - L results.
+  const auto other = [&](int64_t i) TILEWISE_LAMBDA {
+    if (wrap == Wrap::correlation) return -load(im + short_by + i);
+    const VF in_real = load_clipped(re, i + period, plan.size);
+    const VF in_imaginary = i + W > short_by ? load(im + i - short_by) : set1(0.f);
+    return select(first_lanes(max_of<int64_t>(short_by - i, 0)), in_real, in_imaginary);
+  };
+  float result[W];
   for (int64_t i = 0; i < out.length; i += W) {
-    const VF v = load(z + i) + sign * load(other + i);  // z has a vector of padding
-    out.clipped(i, v);
+    store(result, load(re + i) + other(i));
+    out.put(out, i, 0, 1, result);
   }
+}
+
+// The result for rows of `length` samples; `planar` is scratch memory for circular ones.
+inline void last_pass(const Plan& plan, const float* x, const Sink& out, Wrap wrap, int64_t length, float* planar) {
+  if (wrap != Wrap::none && length < plan.size) return wrapped_pass(plan, x, out, wrap, length, planar);
+  with_radix(plan.first_radix, [&](auto r) {
+    if (wrap == Wrap::none) return last_pass<r, false>(plan, x, out, 0);
+    last_pass<r, true>(plan, x, out, wrap == Wrap::convolution ? 1.f : -1.f);
+  });
 }
 
 }  // namespace

@@ -18,26 +18,29 @@ inline T* row_of(const void* data, const Strides& strides, int64_t b, int64_t h)
 }
 
 template <class T>
-inline Signal<T> input_row(const ForwardParams& p, int64_t b, int64_t h) {
-  return {row_of<T>(p.u, p.u_strides, b, h), row_of<T>(p.pregate, p.pregate_strides, b, h), p.length};
+inline Signal input_row(const ForwardParams& p, int64_t b, int64_t h) {
+  return signal(row_of<T>(p.u, p.u_strides, b, h), row_of<T>(p.pregate, p.pregate_strides, b, h), p.length);
 }
-inline Signal<float> filter_row(const ForwardParams& p, int64_t h) {
-  return {p.k + h * p.k_stride, nullptr, p.filter_length};
+inline Signal filter_row(const ForwardParams& p, int64_t h) {
+  return signal<float>(p.k + h * p.k_stride, nullptr, p.filter_length);
 }
-inline void add_skip(const ForwardParams& p, int64_t h, float& skip, bool& used) {
-  used = p.skip != nullptr;
-  skip = used ? p.skip[h] : 0;
+// Adds skip * bypass to what the sink is given, and notes whether nothing at all is left to do with it.
+template <class T>
+inline void complete(const ForwardParams& p, int64_t h, const Signal& bypass, Sink& out) {
+  out.skip = p.skip ? p.skip + h : nullptr;
+  out.bypass = bypass;
+  out.plain = is_float(static_cast<T*>(nullptr)) && out.out && !out.gate && !out.skip && !out.second_out;
 }
 
 // `count` transform buffers, and one more for both parts of a result when the convolution is circular.
 struct Buffers {
   static constexpr int kMax = 4;
   float* transform[kMax] = {};
-  float* planar = nullptr;  // [2N] and a vector of padding
+  float* planar = nullptr;
 
   bool allocate(const Runtime& rt, const Plan& plan, int count, bool circular) {
-    const int64_t size = buffer_size(plan), planar_size = circular ? 2 * plan.size + W : 0;
-    float* memory = scratch<float>(rt, 0, count * size + planar_size);
+    const int64_t size = buffer_size(plan), extra = circular ? planar_size(plan) : 0;
+    float* memory = scratch<float>(rt, 0, count * size + extra);
     for (int i = 0; memory && i < count; i++) transform[i] = memory + i * size;
     planar = memory ? memory + count * size : nullptr;
     return memory != nullptr;

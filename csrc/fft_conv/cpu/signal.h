@@ -1,4 +1,7 @@
 // What the first pass reads and the last one writes: rows of u, gates and gradients in their own dtype, fp32 inside.
+//
+// The passes know rows only through `count` vectors, `step` samples apart, that a row's own function fetches or puts;
+// whole vectors of a plain fp32 row they read and write themselves. That keeps one instance of a pass per radix.
 #pragma once
 #include "common/isa.h"
 
@@ -20,55 +23,83 @@ TILEWISE_INLINE void store_clipped(T* row, int64_t i, int64_t length, VF v) {
 }
 
 // a * gate, as the transforms see it.
-template <class T>
 struct Signal {
-  const T* a;     // [l]
-  const T* gate;  // [l] or null
+  const void* a;     // [l]
+  const void* gate;  // [l] or null
   int64_t length;
+  void (*fetch)(const Signal&, int64_t i, int64_t step, int count, float* to);
+  bool plain;  // fp32 and no gate
 
-  TILEWISE_INLINE VF full(int64_t i) const { return gate ? load(a + i) * load(gate + i) : load(a + i); }
-  TILEWISE_INLINE VF clipped(int64_t i) const {
-    const VF v = load_clipped(a, i, length);
-    return gate ? v * load_clipped(gate, i, length) : v;
-  }
+  const float* floats() const { return static_cast<const float*>(a); }
 };
 
-// Where a result v of the last pass goes: out = gate * (v + skip * bypass), twice with different gates if need be.
 template <class T>
-struct Sink {
-  T* out;         // [l] or null
-  const T* gate;  // [l] or null
-  int64_t length;
-  float skip = 0;
-  Signal<T> bypass = {};  // read only where skip_used
-  bool skip_used = false;
-  T* second_out = nullptr;
-  const T* second_gate = nullptr;
+TILEWISE_INLINE VF sample(const Signal& s, int64_t i) {
+  const VF v = load_clipped(static_cast<const T*>(s.a), i, s.length);
+  return s.gate ? v * load_clipped(static_cast<const T*>(s.gate), i, s.length) : v;
+}
+template <class T>
+void fetch(const Signal& s, int64_t i, int64_t step, int count, float* to) {
+  for (int c = 0; c < count; c++) store(to + c * W, sample<T>(s, i + c * step));
+}
+template <class T>
+constexpr bool is_float(const T*) {
+  return false;
+}
+constexpr bool is_float(const float*) {
+  return true;
+}
+template <class T>
+inline Signal signal(const T* a, const T* gate, int64_t length) {
+  return {a, gate, length, &fetch<T>, is_float(a) && !gate};
+}
 
-  TILEWISE_INLINE void full(int64_t i, VF v) const {
-    if (skip_used) v += set1(skip) * bypass.full(i);
-    if (out) store(out + i, gate ? v * load(gate + i) : v);
-    if (second_out) store(second_out + i, v * load(second_gate + i));
-  }
-  TILEWISE_INLINE void clipped(int64_t i, VF v) const {
-    if (i >= length) return;
-    if (skip_used) v += set1(skip) * bypass.clipped(i);
-    if (out) store_clipped(out, i, length, gate ? v * load_clipped(gate, i, length) : v);
-    if (second_out) store_clipped(second_out, i, length, v * load_clipped(second_gate, i, length));
-  }
+// Where a result v of the last pass goes: out = gate * (v + skip * bypass), and once more with another gate.
+struct Sink {
+  void* out;         // [l] or null
+  const void* gate;  // [l] or null
+  int64_t length;
+  void (*put)(const Sink&, int64_t i, int64_t step, int count, const float* from);
+  bool plain = false;  // fp32, nothing to multiply or add
+  const float* skip = nullptr;
+  Signal bypass = {};  // read only if there is a skip
+  void* second_out = nullptr;
+  const void* second_gate = nullptr;
+
+  float* floats() const { return static_cast<float*>(out); }
 };
+
+template <class T>
+TILEWISE_INLINE void put_one(const Sink& s, int64_t i, VF v) {
+  if (i >= s.length) return;
+  if (s.skip) v += set1(*s.skip) * sample<T>(s.bypass, i);
+  const VF first = s.gate ? v * load_clipped(static_cast<const T*>(s.gate), i, s.length) : v;
+  if (s.out) store_clipped(static_cast<T*>(s.out), i, s.length, first);
+  if (!s.second_out) return;
+  const VF second = v * load_clipped(static_cast<const T*>(s.second_gate), i, s.length);
+  store_clipped(static_cast<T*>(s.second_out), i, s.length, second);
+}
+template <class T>
+void put(const Sink& s, int64_t i, int64_t step, int count, const float* from) {
+  for (int c = 0; c < count; c++) put_one<T>(s, i + c * step, load(from + c * W));
+}
+
+template <class T>
+inline Sink sink(T* out, const T* gate, int64_t length) {
+  return {out, gate, length, &put<T>};
+}
 
 // sum a_i b_i of two signals, in blocks short enough for fp32.
 template <class T>
-inline double dot(const Signal<T>& a, const Signal<T>& b) {
+inline double dot(const Signal& a, const Signal& b) {
   constexpr int64_t kBlock = 32 * W;
   double sum = 0;
   for (int64_t begin = 0; begin < a.length; begin += kBlock) {
     const int64_t end = min_of(begin + kBlock, a.length);
     VF even = set1(0.f), odd = set1(0.f);
     for (int64_t i = begin; i < end; i += 2 * W) {
-      even += a.clipped(i) * b.clipped(i);
-      odd += a.clipped(i + W) * b.clipped(i + W);
+      even += sample<T>(a, i) * sample<T>(b, i);
+      odd += sample<T>(a, i + W) * sample<T>(b, i + W);
     }
     sum += reduce_add(even + odd);
   }

@@ -35,6 +35,13 @@ SIMT_DEVICE float tanh_approx(float x) {
   return y;
 }
 
+// (cos(pi x), sin(pi x)) to 2 ulp; no range reduction, so no local memory.
+SIMT_DEVICE float2 cos_sin_pi(float x) {
+  float2 r;
+  sincospif(x, &r.y, &r.x);
+  return r;
+}
+
 // ---- conversions: to nearest, ties to even ----
 SIMT_DEVICE float to_f32(bf16 v) {
   return __uint_as_float(static_cast<uint32_t>(v.bits) << 16);

@@ -43,6 +43,11 @@ SIMT_DEVICE float tanh_approx(float x) {
   return tanhf(x);
 }
 
+SIMT_DEVICE float2 cos_sin_pi(float x) {
+  const double angle = 3.14159265358979323846 * x;
+  return {static_cast<float>(cos(angle)), static_cast<float>(sin(angle))};
+}
+
 SIMT_DEVICE float to_f32(bf16 v) {
   return bits_f32(static_cast<uint32_t>(v.bits) << 16);
 }

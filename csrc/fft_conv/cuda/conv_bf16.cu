@@ -1,0 +1,3 @@
+#include "fft_conv/cuda/conv_instances.h"
+
+template const char* tilewise::fft_conv::launch_conv<simt::bf16>(int, dim3, const ConvParams<simt::bf16>&, void*);
