@@ -118,7 +118,7 @@ void check_gradients(const Check& check, const FftConvInputs& in, const Tensor& 
       {out.du, "du"}, {out.dk, "dk"}, {out.dpregate, "dpregate"}, {out.dpostgate, "dpostgate"}, {out.dskip, "dskip"}};
   for (const NamedOutput& o : outputs) {
     if (!o.tensor) continue;
-    check.output(*o.tensor, o.name);
+    if (o.tensor->numel()) check.output(*o.tensor, o.name);
     check_apart(check, *o.tensor, o.name, in);
     check.no_overlap(*o.tensor, o.name, dy, "dy");
     for (const NamedOutput& other : outputs)
