@@ -118,7 +118,7 @@ void check_gradients(const Check& check, const FftConvInputs& in, const Tensor& 
       {out.du, "du"}, {out.dk, "dk"}, {out.dpregate, "dpregate"}, {out.dpostgate, "dpostgate"}, {out.dskip, "dskip"}};
   for (const NamedOutput& o : outputs) {
     if (!o.tensor) continue;
-    check.output(*o.tensor, o.name);
+    if (o.tensor->numel()) check.output(*o.tensor, o.name);
     check_apart(check, *o.tensor, o.name, in);
     check.no_overlap(*o.tensor, o.name, dy, "dy");
     for (const NamedOutput& other : outputs)
@@ -225,7 +225,7 @@ void fft_conv_forward(const FftConvInputs& in, const Tensor& y, void* stream) {
   const Check check("fft_conv");
   check_inputs(check, in);
   check_like_u(check, &y, "y", in.u);
-  check.output(y, "y");
+  if (y.numel()) check.output(y, "y");
   check_apart(check, y, "y", in);
   if (in.u.numel() == 0) return;
   ForwardParams params = forward_params(in, &y);
