@@ -22,7 +22,8 @@ build/.environment: pyproject.toml constraints.txt
 	@test -x $(PY) || python3 -m venv .venv
 	@$(PY) -c 'import torch' 2>/dev/null || $(PY) -m pip install -q -c constraints.txt torch
 	$(PY) -m pip install -q 'scikit-build-core>=0.11' 'pybind11>=3.0' 'cmake>=3.26' ninja \
-	  'pytest>=8' 'hypothesis>=6.100' numpy expecttest 'rich>=13' 'matplotlib>=3.8'
+	  'pytest>=8' 'hypothesis>=6.100' numpy expecttest 'rich>=13' 'matplotlib>=3.8' \
+	  $(if $(shell command -v nvcc),nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm)
 	@mkdir -p build && touch $@
 
 build: build/.environment

@@ -2,7 +2,7 @@
 
 ``emulated`` runs the CUDA launchers and kernels, compiled for the host, on CPU tensors through the same Python
 functions. TILEWISE_EMULATOR=plain|race|asan chooses how they were compiled; other than plain, only tests marked
-``modes`` run (small inputs), and only on ``emulated``.
+``modes`` run (small inputs), and only on ``emulated``. TILEWISE_DEVICES="cpu cuda" narrows the axis.
 """
 
 import os
@@ -30,7 +30,8 @@ def _devices():
     if MODE != "plain":
         return [Device("emulated")]
     devices = [Device("cpu", isa) for isa in reversed(_C.isa_levels())] + [Device("emulated")]
-    return devices + ([Device("cuda")] if _C.cuda_architectures() and torch.cuda.is_available() else [])
+    devices += [Device("cuda")] if _C.cuda_architectures() and torch.cuda.is_available() else []
+    return [d for d in devices if d.kind in os.environ.get("TILEWISE_DEVICES", "cpu emulated cuda").split()]
 
 
 @pytest.fixture(params=_devices(), ids=str)

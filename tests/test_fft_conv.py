@@ -5,7 +5,6 @@ import itertools
 import pytest
 import tilewise as tw
 import torch
-from harness.emulation import assert_schedules_agree
 from tilewise.reference.fft_conv import fft_conv as reference
 
 NAMES = ("u", "k", "pregate", "postgate", "skip")

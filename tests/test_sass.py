@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 from harness.emulation import MODE
-from simt import sass
-
+from simt import sass as facts_of
 from tilewise import _C
 
 ROOT = Path(__file__).parents[1]
@@ -27,4 +26,4 @@ def test_facts(family):
     objects = sorted(BUILD.glob(f"CMakeFiles/tilewise.dir/csrc/{family}/cuda/*.o"))
     assert objects, f"no CUDA objects of {family} in {BUILD}"
     facts = importlib.import_module(f"sass.{family}").FACTS
-    sass.assert_facts(sass.read_all(objects), facts)
+    facts_of.assert_facts(facts_of.read_all(objects), facts)

@@ -94,25 +94,31 @@ def local_architecture() -> str:
     return f"{major}{minor}a-real" if major == 9 else f"{major}{minor}-real"
 
 
+def family_tests(family: str) -> list[str]:
+    return sorted(str(p.relative_to(ROOT)) for p in (ROOT / "tests").glob(f"test_{family}*.py"))
+
+
 def tests(report: Report) -> None:
     for family in report.families:
-        files = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "tests").glob(f"test_{family}*.py"))
-        report.stage(f"test {family}", [sys.executable, "-m", "pytest", "-k", "cuda", *files], 120)
+        command = [sys.executable, "-m", "pytest", "-p", "no:randomly", *family_tests(family)]
+        report.stage(f"test {family}", command, 120, {"TILEWISE_DEVICES": "cuda"})
 
 
 def golden_vectors(report: Report) -> None:
-    driver = ROOT / "tests" / "simt" / "golden.py"
-    report.stage("golden vectors", [sys.executable, str(driver), "record", "--out", str(OUT)], 90)
+    """One .npz per architecture; belongs into tests/golden/."""
+    driver, library = str(ROOT / "tests" / "simt" / "golden.py"), str(ROOT / "build" / "libgolden.so")
+    arch = local_architecture().removesuffix("-real")
+    report.stage("golden build", [sys.executable, driver, "build", "--arch", arch, "--out", library], 120)
+    report.stage("golden record", [sys.executable, driver, "record", "--lib", library, "--out", str(OUT)], 60)
 
 
 def sanitizer(report: Report) -> None:
     tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     for check in ("memcheck", "racecheck"):
         for family in report.families:
-            files = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "tests").glob(f"test_{family}*.py"))
-            run = [sys.executable, "-m", "pytest", "-x", "-k", "cuda", "-m", "modes", *files]
-            command = [tool, "--tool", check, "--error-exitcode", "9", "--kernel-name", "regex=kernel_entry", *run]
-            report.stage(f"{check} {family}", command, 75)
+            run = [sys.executable, "-m", "pytest", "-x", "-m", "modes", *family_tests(family)]
+            command = [tool, "--tool", check, "--error-exitcode", "9", "--kernel-name", "regex:kernel_entry", *run]
+            report.stage(f"{check} {family}", command, 75, {"TILEWISE_DEVICES": "cuda"})
 
 
 def benchmarks(report: Report) -> None:

@@ -35,8 +35,7 @@ struct BackwardParams {
   const void* dout;       // as out
   void *dq, *dk, *dv;     // as q, k, v
   Strides dout_strides, dq_strides, dk_strides, dv_strides;
-  float* delta;     // workspace, as lse: rowsum(dout * out)
-  float* dq_accum;  // CUDA only: zeroed fp32 workspace [b, hq, s, d] | [tq, hq, d] contiguous; null on CPU
+  float* delta;  // workspace, as lse: rowsum(dout * out)
   bool deterministic;
 };
 

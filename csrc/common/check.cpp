@@ -101,7 +101,7 @@ void Check::same_device(const Tensor& t, const char* name, const Tensor& as, con
 
 void Check::last_dim_contiguous(const Tensor& t, const char* name) const {
   const int last = t.ndim - 1;
-  if (last < 0 || t.shape[last] <= 1 || t.strides[last] == 1) return;
+  if (last < 0 || t.shape[last] <= 1 || t.strides[last] == 1 || t.numel() == 0) return;
   raise(ErrorKind::value, operation_, name,
         "has stride " + std::to_string(t.strides[last]) + " in its last dimension, expected 1");
 }

@@ -3,13 +3,16 @@
 #pragma once
 
 #define SIMT_EMULATED 1
-#define SIMT_DEVICE inline
+// Forced, as on the device, also because g++ does not instrument a struct that a call writes straight to memory.
+#define SIMT_DEVICE inline __attribute__((always_inline))
 #define SIMT_HD inline
 
 // Two separate defaults: nested in one Site{...} default, g++ 12 would report this header instead of the call site.
 #define SIMT_AT const char *file_ = __builtin_FILE(), int line_ = __builtin_LINE()
 #define SIMT_SITE \
-  rt::Site { file_, line_ }
+  rt::Site {      \
+    file_, line_  \
+  }
 
 #include "host/async.h"
 #include "host/launch.h"

@@ -78,7 +78,9 @@ SIMT_DEVICE uint64_t wgmma_desc_sw128(uint32_t smem_address, uint32_t lbo_bytes,
 }
 
 // The same descriptor `bytes` further on (a multiple of 16). Addresses stay below 2^18, so the field never carries.
-SIMT_DEVICE uint64_t wgmma_desc_advance(uint64_t desc, uint32_t bytes) { return desc + (bytes >> 4); }
+SIMT_DEVICE uint64_t wgmma_desc_advance(uint64_t desc, uint32_t bytes) {
+  return desc + (bytes >> 4);
+}
 
 inline const char* make_tensor_map_2d_sw128(TensorMap* map, const void* base, int elem_bytes, uint64_t inner,
                                             uint64_t outer, uint64_t row_bytes, uint32_t box_inner,

@@ -6,6 +6,10 @@ namespace tilewise::speculative {
 
 constexpr int kMaxNodes = 256;
 constexpr int kWordBits = 64;
+constexpr int kMaxHeadDim = 256;
+constexpr int kMaxLayers = 128;  // caches that one launch of compact_kv moves
+
+enum class Type : int { f32, f16, bf16 };
 
 struct TreeFinalizeParams {
   const int32_t* parent;    // [b, n]
@@ -18,9 +22,112 @@ struct TreeFinalizeParams {
   int batch, nodes, words;
 };
 
+// The tree that a builder writes.
+struct NewTree {
+  int32_t* parent;   // [b, n]
+  int32_t* tokens;   // [b, n]
+  int32_t* n_nodes;  // [b]
+};
+
+struct TreeFromTemplateParams {
+  const int32_t* parent;       // [n], the template
+  const int32_t* rank;         // [n], which of its parent token's candidates a node takes
+  const int32_t* table;        // [vocab, candidates], negative: no candidate
+  const int32_t* root_tokens;  // [b]
+  NewTree tree;
+  int batch, nodes, vocab, candidates;
+};
+
+struct TreeFromSequencesParams {
+  const int32_t* sequences;    // [b, width, length], a sequence ends at its first negative token
+  const int32_t* root_tokens;  // [b]
+  NewTree tree;
+  int batch, width, length, nodes;
+};
+
+struct TableUpdateParams {
+  int32_t* table;          // [vocab, candidates]
+  const int32_t* tokens;   // [b, n]
+  const int32_t* topk;     // [b, n, candidates]
+  const int32_t* n_nodes;  // [b], or null: all n
+  int batch, nodes, vocab, candidates;
+};
+
+// K and V of a layer in pages, and whose pages they are. Strides in elements; the head dimension is contiguous.
+struct PageStrides {
+  int64_t page, slot, head;
+};
+struct BlockTable {
+  const int32_t* pages;  // [b, pages_per_row]
+  int64_t row_stride;
+  int pages_per_row, page_size;
+  int pool;  // pages that exist
+};
+
+struct TreeAttentionParams {
+  const void* q;                  // [b, n, hq, d]
+  const void *k_pages, *v_pages;  // [p, page_size, hkv, d]
+  BlockTable table;
+  const int32_t* prefix_len;      // [b]
+  const uint64_t* ancestor_bits;  // [b, n, words]; a node without bits is padding
+  void* out;                      // [b, n, hq, d] contiguous
+  float* lse;                     // [b, n, hq] contiguous, natural logarithm
+  float* workspace;               // CUDA only: [splits, b, n, hq, d] partial outputs, then [splits, b, n, hq] their lse
+  int64_t q_batch, q_node, q_head;
+  PageStrides k_strides, v_strides;
+  int batch, nodes, q_heads, kv_heads, dim, words, splits;
+  float scale;
+  Type type;
+};
+
+struct AppendParams {
+  void *k_pages, *v_pages;  // [p, page_size, hkv, d]
+  BlockTable table;
+  const int32_t* start;    // [b]
+  const int32_t* n_nodes;  // [b], or null: all n
+  const void *k, *v;       // [b, n, hkv, d]
+  PageStrides k_strides, v_strides;
+  int64_t k_batch, k_node, k_head, v_batch, v_node, v_head;
+  int batch, nodes, kv_heads;
+  int row_bytes, item_bytes;  // of one head's row, of one element
+};
+
+struct CompactParams {
+  void* pages[2 * kMaxLayers];  // every layer's k_pages [p, page_size, hkv, d], then every layer's v_pages
+  BlockTable table;
+  const int32_t* prefix_len;  // [b]
+  const int32_t* path;        // [b, path_length]
+  const int32_t* accept_len;  // [b]
+  PageStrides strides;        // all caches alike
+  int tensors;                // 2 * layers
+  int batch, path_length, kv_heads;
+  int row_bytes, item_bytes;
+};
+
+struct VerifyGreedyParams {
+  const int32_t* parent;   // [b, n]
+  const int32_t* tokens;   // [b, n]
+  const int32_t* n_nodes;  // [b]
+  const void* logits;      // [b, n, vocab], or null
+  const int32_t* argmax;   // [b, n] where logits is null
+  int64_t logits_batch, logits_node;
+  int32_t* accept_len;  // [b]
+  int32_t* path;        // [b, max_depth + 1]
+  int32_t* out_tokens;  // [b, max_depth + 1]
+  int batch, nodes, vocab, max_depth;
+  Type type;
+};
+
 // The family's kernels on one machine; null = not available there.
 struct Kernels {
   KernelFn<TreeFinalizeParams> tree_finalize;
+  KernelFn<TreeFromTemplateParams> tree_from_template;
+  KernelFn<TreeFromSequencesParams> tree_from_sequences;
+  KernelFn<TableUpdateParams> table_update;
+  KernelFn<TreeAttentionParams> tree_attention;
+  KernelFn<AppendParams> append_kv;
+  KernelFn<CompactParams> compact_kv;
+  KernelFn<VerifyGreedyParams> verify_greedy;
 };
 
 }  // namespace tilewise::speculative

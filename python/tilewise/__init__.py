@@ -2,12 +2,28 @@
 
 import torch as _torch  # noqa: F401  (first: the core looks for torch's thread team when it is loaded)
 
-from tilewise import _C
+from tilewise import _C, optim, reference, speculative
+from tilewise.attention import attention, attention_varlen
+from tilewise.fft_conv import fft_conv
+from tilewise.sparse import CSR, CompressedWeight, NMSparse, linear, matmul
+
+__all__ = [
+    "CSR",
+    "CompressedWeight",
+    "NMSparse",
+    "attention",
+    "attention_varlen",
+    "fft_conv",
+    "info",
+    "linear",
+    "matmul",
+    "optim",
+    "reference",
+    "speculative",
+]
 
 _C.attach_torch_threads()
 __version__ = _C.version()
-
-from tilewise.fft_conv import fft_conv  # noqa: E402, F401
 
 
 def info():

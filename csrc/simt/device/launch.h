@@ -71,13 +71,19 @@ inline cudaError_t allow_shared_memory(int device) {
   return e;
 }
 
-inline const char* message(cudaError_t e) { return e == cudaSuccess ? nullptr : cudaGetErrorString(e); }
+inline const char* message(cudaError_t e) {
+  return e == cudaSuccess ? nullptr : cudaGetErrorString(e);
+}
 
 }  // namespace detail
 
 // 100 major + 10 minor of the current device: 800, 890, 900 ...; the emulator says kSm90a and runs everything.
-inline int device_arch() { return detail::device_arch(detail::current_device()); }
-inline int sm_count() { return detail::device_attribute<cudaDevAttrMultiProcessorCount>(detail::current_device()); }
+inline int device_arch() {
+  return detail::device_arch(detail::current_device());
+}
+inline int sm_count() {
+  return detail::device_attribute<cudaDevAttrMultiProcessorCount>(detail::current_device());
+}
 
 template <class K>
 inline bool supported() {

@@ -43,7 +43,9 @@ SIMT_DEVICE float2 cos_sin_pi(float x) {
 }
 
 // ---- conversions: to nearest, ties to even ----
-SIMT_DEVICE float to_f32(bf16 v) { return __uint_as_float(static_cast<uint32_t>(v.bits) << 16); }
+SIMT_DEVICE float to_f32(bf16 v) {
+  return __uint_as_float(static_cast<uint32_t>(v.bits) << 16);
+}
 SIMT_DEVICE float to_f32(fp16 v) {
   float r;
   asm("cvt.f32.f16 %0, %1;" : "=f"(r) : "h"(v.bits));
@@ -80,8 +82,12 @@ SIMT_DEVICE uint32_t to_tf32(float v) {
   asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(r) : "f"(v));
   return r;
 }
-SIMT_DEVICE uint32_t f32_bits(float v) { return __float_as_uint(v); }
-SIMT_DEVICE float bits_f32(uint32_t v) { return __uint_as_float(v); }
+SIMT_DEVICE uint32_t f32_bits(float v) {
+  return __float_as_uint(v);
+}
+SIMT_DEVICE float bits_f32(uint32_t v) {
+  return __uint_as_float(v);
+}
 
 // ---- packed arithmetic on two fp16 (default) or bf16 values; each half rounds once ----
 template <class T = fp16>
@@ -109,14 +115,24 @@ SIMT_DEVICE uint32_t hadd2(uint32_t a, uint32_t b) {
   asm("add.rn.f16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
   return r;
 }
-SIMT_DEVICE uint32_t hneg2(uint32_t a) { return a ^ 0x80008000u; }
+SIMT_DEVICE uint32_t hneg2(uint32_t a) {
+  return a ^ 0x80008000u;
+}
 
 // ---- bits ----
-SIMT_DEVICE int popc(uint32_t v) { return __popc(v); }
-SIMT_DEVICE int clz(uint32_t v) { return __clz(static_cast<int>(v)); }
+SIMT_DEVICE int popc(uint32_t v) {
+  return __popc(v);
+}
+SIMT_DEVICE int clz(uint32_t v) {
+  return __clz(static_cast<int>(v));
+}
 // 1 + the index of the lowest set bit; 0 for 0.
-SIMT_DEVICE int find_first_set(uint32_t v) { return __ffs(static_cast<int>(v)); }
-SIMT_DEVICE uint32_t bit_reverse(uint32_t v) { return __brev(v); }
+SIMT_DEVICE int find_first_set(uint32_t v) {
+  return __ffs(static_cast<int>(v));
+}
+SIMT_DEVICE uint32_t bit_reverse(uint32_t v) {
+  return __brev(v);
+}
 // The high (left) or low (right) word of hi:lo shifted by shift % 32.
 SIMT_DEVICE uint32_t funnel_shift_left(uint32_t lo, uint32_t hi, uint32_t shift) {
   return __funnelshift_l(lo, hi, shift);

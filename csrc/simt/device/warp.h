@@ -3,21 +3,41 @@
 
 namespace simt {
 
-SIMT_DEVICE int thread_id() { return static_cast<int>(threadIdx.x); }
-SIMT_DEVICE int lane_id() { return static_cast<int>(threadIdx.x & 31); }
-SIMT_DEVICE int warp_id() { return static_cast<int>(threadIdx.x >> 5); }
-SIMT_DEVICE dim3 block_idx() { return dim3(blockIdx.x, blockIdx.y, blockIdx.z); }
-SIMT_DEVICE dim3 block_dim() { return dim3(blockDim.x, blockDim.y, blockDim.z); }
-SIMT_DEVICE dim3 grid_dim() { return dim3(gridDim.x, gridDim.y, gridDim.z); }
+SIMT_DEVICE int thread_id() {
+  return static_cast<int>(threadIdx.x);
+}
+SIMT_DEVICE int lane_id() {
+  return static_cast<int>(threadIdx.x & 31);
+}
+SIMT_DEVICE int warp_id() {
+  return static_cast<int>(threadIdx.x >> 5);
+}
+SIMT_DEVICE dim3 block_idx() {
+  return dim3(blockIdx.x, blockIdx.y, blockIdx.z);
+}
+SIMT_DEVICE dim3 block_dim() {
+  return dim3(blockDim.x, blockDim.y, blockDim.z);
+}
+SIMT_DEVICE dim3 grid_dim() {
+  return dim3(gridDim.x, gridDim.y, gridDim.z);
+}
 
-SIMT_DEVICE void sync_block() { __syncthreads(); }
-SIMT_DEVICE void sync_warp(uint32_t mask = kFullMask) { __syncwarp(mask); }
-SIMT_DEVICE void bar_sync(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
+SIMT_DEVICE void sync_block() {
+  __syncthreads();
+}
+SIMT_DEVICE void sync_warp(uint32_t mask = kFullMask) {
+  __syncwarp(mask);
+}
+SIMT_DEVICE void bar_sync(int id, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
 SIMT_DEVICE void bar_arrive(int id, int threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 // Orders this thread's earlier writes (and what it has observed) before its later atomics, device-wide.
-SIMT_DEVICE void fence_device() { __threadfence(); }
+SIMT_DEVICE void fence_device() {
+  __threadfence();
+}
 
 template <class T>
 SIMT_DEVICE T shfl(T v, int lane, uint32_t mask = kFullMask) {
@@ -38,11 +58,19 @@ SIMT_DEVICE T shfl_down(T v, int delta, uint32_t mask = kFullMask) {
 }
 
 // CUDA still has global ballot, any and all of its own: hence the prefix.
-SIMT_DEVICE uint32_t warp_ballot(bool predicate, uint32_t mask = kFullMask) { return __ballot_sync(mask, predicate); }
-SIMT_DEVICE bool warp_any(bool predicate, uint32_t mask = kFullMask) { return __any_sync(mask, predicate); }
-SIMT_DEVICE bool warp_all(bool predicate, uint32_t mask = kFullMask) { return __all_sync(mask, predicate); }
+SIMT_DEVICE uint32_t warp_ballot(bool predicate, uint32_t mask = kFullMask) {
+  return __ballot_sync(mask, predicate);
+}
+SIMT_DEVICE bool warp_any(bool predicate, uint32_t mask = kFullMask) {
+  return __any_sync(mask, predicate);
+}
+SIMT_DEVICE bool warp_all(bool predicate, uint32_t mask = kFullMask) {
+  return __all_sync(mask, predicate);
+}
 // The lanes of `mask` that hold the same value as this one.
-SIMT_DEVICE uint32_t match_any(uint32_t v, uint32_t mask = kFullMask) { return __match_any_sync(mask, v); }
+SIMT_DEVICE uint32_t match_any(uint32_t v, uint32_t mask = kFullMask) {
+  return __match_any_sync(mask, v);
+}
 
 // One-instruction integer reductions; Int is int or uint32_t.
 template <class Int>

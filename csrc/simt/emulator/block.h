@@ -115,6 +115,7 @@ struct Block {
   unsigned char* smem;
   size_t smem_bytes;
   Random random;
+  int favoured_warp = -1;  // see random_ready()
   std::string error;
   Context scheduler;
   std::vector<Fiber*> fibers;
@@ -130,7 +131,9 @@ struct Block {
 };
 
 extern thread_local Block* block;
-inline Fiber* this_fiber() { return static_cast<Fiber*>(current); }
+inline Fiber* this_fiber() {
+  return static_cast<Fiber*>(current);
+}
 
 // Ends the block with a diagnosis; never returns to the kernel.
 [[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
@@ -140,14 +143,18 @@ void wake(Fiber*);
 void give_way();                // to a random ready fiber, if there is one
 void complete_a_random_load();  // if any is in flight
 
-inline bool same_site(Site a, Site b) { return a.line == b.line && !strcmp(a.file, b.file); }
+inline bool same_site(Site a, Site b) {
+  return a.line == b.line && !strcmp(a.file, b.file);
+}
 
 // ---- shared memory ----
 bool in_smem(const void* p, size_t bytes);
 void check_smem(const void* p, size_t bytes, size_t alignment, const char* what, Site);
 unsigned char* from_smem_addr(uint32_t address, size_t bytes, const char* what, Site);
 // TMA and wgmma exchange the 16-byte chunks of a 128-byte row by the row's index modulo 8.
-inline uint32_t swizzle128(uint32_t address) { return address ^ (address >> 7 & 7) << 4; }
+inline uint32_t swizzle128(uint32_t address) {
+  return address ^ (address >> 7 & 7) << 4;
+}
 
 // ---- mbarriers and pending operations ----
 std::string describe_mbarrier(const uint64_t*);

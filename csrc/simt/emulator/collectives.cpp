@@ -68,7 +68,9 @@ void barrier(int id, int threads, bool wait, Site at) {
 
 namespace {
 
-Fiber* lane_fiber(int lane) { return block->fibers[this_fiber()->warp * kWarp + lane]; }
+Fiber* lane_fiber(int lane) {
+  return block->fibers[this_fiber()->warp * kWarp + lane];
+}
 
 // The collective that lanes of the same mask have begun, or nullptr.
 Collective* find_pending(Warp& warp, uint32_t mask, const char* name, Site at) {
@@ -133,7 +135,9 @@ void warp_collective(uint32_t mask, CollectiveOp op, void* args, const char* nam
   }
 }
 
-void warp_sync(uint32_t mask, Site at) { warp_collective(mask, sync_warp_op, nullptr, "sync_warp", at); }
+void warp_sync(uint32_t mask, Site at) {
+  warp_collective(mask, sync_warp_op, nullptr, "sync_warp", at);
+}
 
 void shuffle_source_missing(int lane, int source, uint32_t mask, Site at) {
   fail("shfl: lane %d reads lane %d, which is not in the mask %08x (%s:%d)", lane, source, mask, at.file, at.line);

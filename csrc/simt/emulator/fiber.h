@@ -2,11 +2,16 @@
 #pragma once
 #include <stddef.h>
 
-#if !defined(__x86_64__)
-#include <ucontext.h>
-#define SIMT_UCONTEXT 1
-#else
+// 1: the portable but slow switch (it makes a system call); 0: our own, for x86-64.
+#if !defined(SIMT_UCONTEXT)
+#if defined(__x86_64__)
 #define SIMT_UCONTEXT 0
+#else
+#define SIMT_UCONTEXT 1
+#endif
+#endif
+#if SIMT_UCONTEXT
+#include <ucontext.h>
 #endif
 
 #if defined(__SANITIZE_ADDRESS__)

@@ -106,7 +106,9 @@ void mbar_wait(uint64_t* bar, uint32_t parity, Site at) {
   race::mbar_wait(f->tid, bar);
 }
 
-void fence_proxy_async() { race::fence_proxy_async(this_fiber()->tid); }
+void fence_proxy_async() {
+  race::fence_proxy_async(this_fiber()->tid);
+}
 
 // ---- boxes ----
 
@@ -263,7 +265,9 @@ void bulk_store(void* dst, const void* src, uint32_t bytes, Site at) {
   issue_store(make_bulk("bulk_store", src, dst, bytes, at));
 }
 
-void bulk_commit() { this_fiber()->store_groups++; }
+void bulk_commit() {
+  this_fiber()->store_groups++;
+}
 
 void bulk_wait_read(int newest_pending) {
   Fiber* f = this_fiber();

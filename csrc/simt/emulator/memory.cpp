@@ -48,26 +48,16 @@ constexpr unsigned kSpinLimit = 1u << 22;
 uint32_t combine(Atomic op, uint32_t old, uint32_t v, uint32_t expected) {
   const auto s = [](uint32_t bits) { return static_cast<int32_t>(bits); };
   switch (op) {
-    case Atomic::kAddF32:
-      return f32_bits(bits_f32(old) + bits_f32(v));
-    case Atomic::kAdd:
-      return old + v;
-    case Atomic::kMaxS32:
-      return s(old) > s(v) ? old : v;
-    case Atomic::kMaxU32:
-      return old > v ? old : v;
-    case Atomic::kMinS32:
-      return s(old) < s(v) ? old : v;
-    case Atomic::kMinU32:
-      return old < v ? old : v;
-    case Atomic::kOr:
-      return old | v;
-    case Atomic::kAnd:
-      return old & v;
-    case Atomic::kExch:
-      return v;
-    case Atomic::kCas:
-      return old == expected ? v : old;
+    case Atomic::kAddF32: return f32_bits(bits_f32(old) + bits_f32(v));
+    case Atomic::kAdd: return old + v;
+    case Atomic::kMaxS32: return s(old) > s(v) ? old : v;
+    case Atomic::kMaxU32: return old > v ? old : v;
+    case Atomic::kMinS32: return s(old) < s(v) ? old : v;
+    case Atomic::kMinU32: return old < v ? old : v;
+    case Atomic::kOr: return old | v;
+    case Atomic::kAnd: return old & v;
+    case Atomic::kExch: return v;
+    case Atomic::kCas: return old == expected ? v : old;
   }
   return old;
 }
@@ -147,7 +137,9 @@ void cp_async(void* dst, const void* src, int bytes, bool predicate, Site at) {
   f->copies.push_back(c);
 }
 
-void cp_async_commit() { this_fiber()->copy_groups++; }
+void cp_async_commit() {
+  this_fiber()->copy_groups++;
+}
 
 void cp_async_wait(int newest_pending) {
   Fiber* f = this_fiber();

@@ -1,163 +1,30 @@
 #include "race.h"
 
-#include <dlfcn.h>
-#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
-#include <algorithm>
-#include <map>
-#include <memory>
 #include <mutex>
-#include <set>
-#include <unordered_map>
 
-#include "race_hooks.h"
+#include "race_state.h"
 
 namespace simt {
 namespace race {
 
+Checker checker;
+
 namespace {
 
-using Clock = std::vector<uint32_t>;  // an entry per thread of the block, and one for bulk loads
-
-void join_into(Clock& to, const Clock& from) {
-  if (to.empty()) to.assign(from.size(), 0);
-  for (size_t i = 0; i < from.size(); i++) to[i] = std::max(to[i], from[i]);
-}
-
-// What is known of other blocks: up to where each of their threads is ordered before us.
-using Foreign = std::map<unsigned, Clock>;
-using SharedForeign = std::shared_ptr<const Foreign>;
-
-void join_into(Foreign& to, const Foreign& from) {
-  for (const auto& [index, clock] : from) join_into(to[index], clock);
-}
-SharedForeign join(const SharedForeign& a, const SharedForeign& b) {
-  if (!b || a == b) return a;
-  if (!a) return b;
-  auto both = std::make_shared<Foreign>(*a);
-  join_into(*both, *b);
-  return both;
-}
-
-struct Reader {
-  uint32_t clock;
-  int tid;
-};
-
-// The history of one byte.
-struct Cell {
-  static constexpr int kReaders = 8;
-  enum : uint8_t {
-    kInitialised = 1,
-    kWriteInFlight = 2,
-    kAtomic = 4,
-    kGeneric = 8,        // written by an ordinary store: TMA and wgmma see it only after a proxy fence
-    kReadByBlocks = 16,  // more than one block has read it since the last write
-  };
-  Where write_where, read_where;
-  uint32_t write_clock;
-  int write_tid;
-  unsigned write_block, read_block;  // index + 1; 0: none
-  uint8_t flags, reader_count;
-  uint16_t reads_in_flight;
-  Reader readers[kReaders];
-  Clock* many_readers;  // replaces `readers` once they are full
-};
-
-struct Region {
-  const unsigned char* base;
-  size_t size;
-  Cell* cells;
-  std::string name;
-  bool is_shared;
-};
-
-struct Finding {
-  const char* what;
-  int tid;
-  Where where;
-};
-
-// Everything the checker knows. One launch is checked at a time (scheduler.cpp).
-struct Checker {
-  bool active = false;  // a block is running
-  int threads = 0;
-  unsigned block = 0, blocks_begun = 0;
-  Region smem{nullptr, 0, nullptr, "shared", true};
-  std::vector<Clock> clocks;                 // per thread
-  std::vector<Clock> proxy_fenced;           // per thread: what it knew at its last fence.proxy.async
-  std::vector<uint32_t> own_fence;           // per thread: its own time at that fence
-  std::vector<SharedForeign> foreign;        // per thread: other blocks
-  std::vector<SharedForeign> device_fenced;  // per thread: what its atomics publish since its last fence_device
-  std::vector<SharedForeign> observed;       // per thread: what its atomics have seen, known for sure at the next fence
-  std::unordered_map<const void*, SharedForeign> published;  // by the atomics on an address
-  struct BarClocks {
-    Clock current, completed;
-  };
-  std::map<const uint64_t*, BarClocks> bars;
-  uint32_t load_token = 0;
-  std::map<uint32_t, Clock> load_clocks;
-  std::set<std::pair<Where, Where>> reported;
-  std::string report;
-  int findings = 0;
-};
-Checker c;
+Checker& c = checker;
 
 // Global buffers that tests announce; guarded by the mutex, as tests may register from any thread.
 std::mutex regions_mutex;
 std::vector<Region> regions;
 
-// ---- reporting ----
-
-constexpr int kMaxFindings = 8;
-
-// The innermost inlined frame outside this library's own headers.
-std::string source_line(const void* code) {
-  Dl_info info;
-  if (!dladdr(code, &info)) return "?";
-  const auto offset = static_cast<const char*>(code) - static_cast<const char*>(info.dli_fbase);
-  char command[1024];
-  snprintf(command, sizeof command, "addr2line -i -e '%s' %#tx 2>/dev/null", info.dli_fname, offset - 1);
-  FILE* output = popen(command, "r");
-  if (!output) return "?";
-  std::string innermost, chosen;
-  char line[1024];
-  while (fgets(line, sizeof line, output)) {
-    line[strcspn(line, " \n")] = 0;
-    if (innermost.empty()) innermost = line;
-    if (chosen.empty() && !strstr(line, "simt/host/")) chosen = line;
-  }
-  pclose(output);
-  if (!chosen.empty()) return chosen;
-  return innermost.empty() ? "?" : innermost;
-}
-
-std::string text(Where w) {
-  if (!w.at) return "?";
-  if (w.line) return std::string(static_cast<const char*>(w.at)) + ":" + std::to_string(w.line);
-  return source_line(w.at);
-}
-
-std::string thread_name(int tid) {
-  if (tid == c.threads) return "a bulk load";
-  char name[64];
-  snprintf(name, sizeof name, "thread %d (warp %d lane %d)", tid, tid / kWarp, tid % kWarp);
-  return name;
-}
-
-void report(const Finding& f, const Region& region, size_t offset, int earlier_tid = -1, Where earlier = {}) {
-  if (!c.reported.insert({f.where, earlier}).second) return;
-  if (++c.findings > kMaxFindings) return;
-  c.report += std::string("\n  ") + f.what + " at " + region.name + "+" + std::to_string(offset) + ", block " +
-              std::to_string(c.block) + ": " + thread_name(f.tid) + " at " + text(f.where);
-  if (earlier_tid >= 0) c.report += "\n      earlier: " + thread_name(earlier_tid) + " at " + text(earlier);
-}
-
 // ---- order ----
 
-bool happened_before(int tid, int other, uint32_t clock) { return clock <= c.clocks[tid][other]; }
+bool happened_before(int tid, int other, uint32_t clock) {
+  return clock <= c.clocks[tid][other];
+}
 
 bool foreign_happened_before(int tid, unsigned block, int other, uint32_t clock) {
   if (!c.foreign[tid]) return false;
@@ -166,9 +33,13 @@ bool foreign_happened_before(int tid, unsigned block, int other, uint32_t clock)
 }
 
 // Later accesses of the thread are told apart from those that others now know of.
-void tick(int tid) { c.clocks[tid][tid]++; }
+void tick(int tid) {
+  c.clocks[tid][tid]++;
+}
 
-bool written_here(const Region& r, const Cell& cell) { return r.is_shared || cell.write_block == c.block + 1; }
+bool written_here(const Region& r, const Cell& cell) {
+  return r.is_shared || cell.write_block == c.block + 1;
+}
 
 bool write_is_ordered(const Region& r, const Cell& cell, int tid) {
   if (written_here(r, cell)) return happened_before(tid, cell.write_tid, cell.write_clock);
@@ -315,7 +186,9 @@ void for_each_byte(const void* p, size_t bytes, F f) {
   for (size_t offset = first; offset < first + bytes; offset++) f(*r, offset);
 }
 
-Where at_site(rt::Site at) { return {at.file, at.line}; }
+Where at_site(rt::Site at) {
+  return {at.file, at.line};
+}
 
 void read_bytes(int tid, const void* p, size_t bytes, Where where) {
   for_each_byte(p, bytes, [&](Region& r, size_t offset) {
@@ -331,7 +204,9 @@ void write_bytes(int tid, const void* p, size_t bytes, Where where) {
   });
 }
 
-Cell* allocate_cells(size_t bytes) { return static_cast<Cell*>(calloc(bytes, sizeof(Cell))); }
+Cell* allocate_cells(size_t bytes) {
+  return static_cast<Cell*>(calloc(bytes, sizeof(Cell)));
+}
 void free_cells(Region& r) {
   for (size_t i = 0; r.cells && i < r.size; i++) forget_readers(r.cells[i]);
   free(r.cells);
@@ -412,8 +287,12 @@ void end_block() {
 
 // ---- accesses of emulated instructions ----
 
-void read(int tid, const void* p, size_t bytes, rt::Site at) { read_bytes(tid, p, bytes, at_site(at)); }
-void write(int tid, const void* p, size_t bytes, rt::Site at) { write_bytes(tid, p, bytes, at_site(at)); }
+void read(int tid, const void* p, size_t bytes, rt::Site at) {
+  read_bytes(tid, p, bytes, at_site(at));
+}
+void write(int tid, const void* p, size_t bytes, rt::Site at) {
+  write_bytes(tid, p, bytes, at_site(at));
+}
 
 void begin_async_write(int tid, const void* p, size_t bytes, rt::Site at) {
   for_each_byte(p, bytes, [&](Region& r, size_t offset) {

@@ -13,7 +13,9 @@ struct Where {
   const void* at = nullptr;
   int line = 0;
 };
-inline bool operator<(Where a, Where b) { return std::tie(a.at, a.line) < std::tie(b.at, b.line); }
+inline bool operator<(Where a, Where b) {
+  return std::tie(a.at, a.line) < std::tie(b.at, b.line);
+}
 
 void hooked_access(int tid, const void*, size_t bytes, bool is_write, const void* code);
 void out_of_bounds(int tid, std::ptrdiff_t offset, bool is_write, const void* code);

@@ -13,8 +13,12 @@ template <class Args>
 Args& lane_args(void** args, int lane) {
   return *static_cast<Args*>(args[lane]);
 }
-int group_of(int lane) { return lane >> 2; }
-int member_of(int lane) { return lane & 3; }
+int group_of(int lane) {
+  return lane >> 2;
+}
+int member_of(int lane) {
+  return lane & 3;
+}
 
 // ---- ldmatrix, stmatrix ----
 
@@ -49,7 +53,9 @@ void gather_rows(void** args, const char* what, Site at, uint16_t* (&rows)[kWarp
   }
 }
 
-int warp_thread(int lane) { return current->warp * kWarp + lane; }
+int warp_thread(int lane) {
+  return current->warp * kWarp + lane;
+}
 
 void ldmatrix_op(void** args, uint32_t, Site at) {
   const MatrixArgs& first = lane_args<MatrixArgs>(args, 0);
@@ -129,7 +135,9 @@ struct MmaArgs {
   const uint32_t* a;
   uint32_t b[2];
 };
-float* mma_fragment(void* args) { return static_cast<MmaArgs*>(args)->d; }
+float* mma_fragment(void* args) {
+  return static_cast<MmaArgs*>(args)->d;
+}
 
 template <bool Bf16>
 void mma_m16n8k16_op(void** args, uint32_t, Site) {
@@ -193,8 +201,12 @@ struct MmaByteArgs {
   const uint32_t* a;
   const uint32_t* b;
 };
-int32_t* byte_fragment(void* args) { return static_cast<MmaByteArgs*>(args)->d; }
-int32_t signed_byte(uint32_t word, int i) { return static_cast<int8_t>(word >> (8 * i)); }
+int32_t* byte_fragment(void* args) {
+  return static_cast<MmaByteArgs*>(args)->d;
+}
+int32_t signed_byte(uint32_t word, int i) {
+  return static_cast<int8_t>(word >> (8 * i));
+}
 
 // A register i: row g + 8 (i % 2), columns 4 t + 16 (i / 2) + 0..3; B register i: rows 4 t + 16 i + 0..3, column g.
 template <int K>
@@ -221,7 +233,9 @@ struct SparseArgs {
   const uint32_t* b;
   uint32_t metadata;
 };
-float* sparse_fragment(void* args) { return static_cast<SparseArgs*>(args)->d; }
+float* sparse_fragment(void* args) {
+  return static_cast<SparseArgs*>(args)->d;
+}
 
 // The two positions that a nibble keeps of four columns; the lower index comes first.
 void decode_nibble(uint32_t nibble, int lane, Site at, int (&kept)[2]) {

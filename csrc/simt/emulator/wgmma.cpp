@@ -93,7 +93,9 @@ struct Matrices {
 };
 
 // Fragment row of register pair i of thread t: warps own 16 rows each.
-int fragment_row(int t, int i) { return t / kWarp * 16 + t % kWarp / 4 + i % 2 * 8; }
+int fragment_row(int t, int i) {
+  return t / kWarp * 16 + t % kWarp / 4 + i % 2 * 8;
+}
 
 void gather_register_a(const WgmmaOp& op, const WarpGroup& g, Matrices& m) {
   for (int t = 0; t < kGroupThreads; t++) {
@@ -305,7 +307,9 @@ void wgmma_commit(Site at) {
   group_collective(nullptr, [](WarpGroup& g, Site) { g.commit_groups++; }, "wgmma.commit_group", at);
 }
 
-void wgmma_wait(int newest_pending, Site at) { group_collective(&newest_pending, wait_op, "wgmma.wait_group", at); }
+void wgmma_wait(int newest_pending, Site at) {
+  group_collective(&newest_pending, wait_op, "wgmma.wait_group", at);
+}
 
 void set_max_reg(int registers, bool grow, Site at) {
   RegisterArgs args{registers, grow};

@@ -7,8 +7,12 @@
 
 namespace simt {
 
-inline int device_arch() { return kSm90a; }
-inline int sm_count() { return 4; }
+inline int device_arch() {
+  return kSm90a;
+}
+inline int sm_count() {
+  return 4;
+}
 
 template <class K>
 bool supported() {

@@ -6,7 +6,9 @@
 
 namespace simt {
 
-SIMT_DEVICE uint32_t smem_addr(const void* p, SIMT_AT) { return rt::smem_addr(p, SIMT_SITE); }
+SIMT_DEVICE uint32_t smem_addr(const void* p, SIMT_AT) {
+  return rt::smem_addr(p, SIMT_SITE);
+}
 
 namespace rt {
 // A GPU traps on a misaligned access; x86 would not.
@@ -14,29 +16,51 @@ inline void check_aligned(const char* what, const void* p, int bytes, Site at) {
   if (reinterpret_cast<uintptr_t>(p) % bytes) misaligned(what, p, bytes, at);
 }
 template <class V>
-V load(const char* what, const void* p, Site at) {
+SIMT_DEVICE V load(const char* what, const void* p, Site at) {
   check_aligned(what, p, sizeof(V), at);
   return *static_cast<const V*>(p);
 }
 template <class V>
-void store(const char* what, void* p, V v, Site at) {
+SIMT_DEVICE void store(const char* what, void* p, V v, Site at) {
   check_aligned(what, p, sizeof(V), at);
   *static_cast<V*>(p) = v;
 }
 }  // namespace rt
 
-SIMT_DEVICE uint16_t load2(const void* p, SIMT_AT) { return rt::load<uint16_t>("load2", p, SIMT_SITE); }
-SIMT_DEVICE uint32_t load4(const void* p, SIMT_AT) { return rt::load<uint32_t>("load4", p, SIMT_SITE); }
-SIMT_DEVICE uint2 load8(const void* p, SIMT_AT) { return rt::load<uint2>("load8", p, SIMT_SITE); }
-SIMT_DEVICE uint4 load16(const void* p, SIMT_AT) { return rt::load<uint4>("load16", p, SIMT_SITE); }
-SIMT_DEVICE void store2(void* p, uint16_t v, SIMT_AT) { rt::store("store2", p, v, SIMT_SITE); }
-SIMT_DEVICE void store4(void* p, uint32_t v, SIMT_AT) { rt::store("store4", p, v, SIMT_SITE); }
-SIMT_DEVICE void store8(void* p, uint2 v, SIMT_AT) { rt::store("store8", p, v, SIMT_SITE); }
-SIMT_DEVICE void store16(void* p, uint4 v, SIMT_AT) { rt::store("store16", p, v, SIMT_SITE); }
+SIMT_DEVICE uint16_t load2(const void* p, SIMT_AT) {
+  return rt::load<uint16_t>("load2", p, SIMT_SITE);
+}
+SIMT_DEVICE uint32_t load4(const void* p, SIMT_AT) {
+  return rt::load<uint32_t>("load4", p, SIMT_SITE);
+}
+SIMT_DEVICE uint2 load8(const void* p, SIMT_AT) {
+  return rt::load<uint2>("load8", p, SIMT_SITE);
+}
+SIMT_DEVICE uint4 load16(const void* p, SIMT_AT) {
+  return rt::load<uint4>("load16", p, SIMT_SITE);
+}
+SIMT_DEVICE void store2(void* p, uint16_t v, SIMT_AT) {
+  rt::store("store2", p, v, SIMT_SITE);
+}
+SIMT_DEVICE void store4(void* p, uint32_t v, SIMT_AT) {
+  rt::store("store4", p, v, SIMT_SITE);
+}
+SIMT_DEVICE void store8(void* p, uint2 v, SIMT_AT) {
+  rt::store("store8", p, v, SIMT_SITE);
+}
+SIMT_DEVICE void store16(void* p, uint4 v, SIMT_AT) {
+  rt::store("store16", p, v, SIMT_SITE);
+}
 
-SIMT_DEVICE uint4 load16_stream(const void* p, SIMT_AT) { return rt::load<uint4>("load16_stream", p, SIMT_SITE); }
-SIMT_DEVICE void store16_stream(void* p, uint4 v, SIMT_AT) { rt::store("store16_stream", p, v, SIMT_SITE); }
-SIMT_DEVICE uint4 load16_const(const void* p, SIMT_AT) { return rt::load<uint4>("load16_const", p, SIMT_SITE); }
+SIMT_DEVICE uint4 load16_stream(const void* p, SIMT_AT) {
+  return rt::load<uint4>("load16_stream", p, SIMT_SITE);
+}
+SIMT_DEVICE void store16_stream(void* p, uint4 v, SIMT_AT) {
+  rt::store("store16_stream", p, v, SIMT_SITE);
+}
+SIMT_DEVICE uint4 load16_const(const void* p, SIMT_AT) {
+  return rt::load<uint4>("load16_const", p, SIMT_SITE);
+}
 
 namespace rt {
 template <class T>
@@ -51,8 +75,12 @@ T atomic(T* p, Atomic op, T operand, Site at, T expected = T{}) {
 }
 }  // namespace rt
 
-SIMT_DEVICE float atomic_add(float* p, float v, SIMT_AT) { return rt::atomic(p, rt::Atomic::kAddF32, v, SIMT_SITE); }
-SIMT_DEVICE int32_t atomic_add(int32_t* p, int32_t v, SIMT_AT) { return rt::atomic(p, rt::Atomic::kAdd, v, SIMT_SITE); }
+SIMT_DEVICE float atomic_add(float* p, float v, SIMT_AT) {
+  return rt::atomic(p, rt::Atomic::kAddF32, v, SIMT_SITE);
+}
+SIMT_DEVICE int32_t atomic_add(int32_t* p, int32_t v, SIMT_AT) {
+  return rt::atomic(p, rt::Atomic::kAdd, v, SIMT_SITE);
+}
 SIMT_DEVICE uint32_t atomic_add(uint32_t* p, uint32_t v, SIMT_AT) {
   return rt::atomic(p, rt::Atomic::kAdd, v, SIMT_SITE);
 }
@@ -90,9 +118,11 @@ SIMT_DEVICE void cp_async8(void* dst, const void* src, bool predicate = true, SI
 SIMT_DEVICE void cp_async4(void* dst, const void* src, bool predicate = true, SIMT_AT) {
   rt::cp_async(dst, src, 4, predicate, SIMT_SITE);
 }
-SIMT_DEVICE void cp_async_commit() { rt::cp_async_commit(); }
+SIMT_DEVICE void cp_async_commit() {
+  rt::cp_async_commit();
+}
 template <int N>
-void cp_async_wait() {
+SIMT_DEVICE void cp_async_wait() {
   rt::cp_async_wait(N);
 }
 

@@ -4,18 +4,40 @@
 
 namespace simt {
 
-SIMT_DEVICE int thread_id() { return rt::current->tid; }
-SIMT_DEVICE int lane_id() { return rt::current->lane; }
-SIMT_DEVICE int warp_id() { return rt::current->warp; }
-SIMT_DEVICE dim3 block_idx() { return rt::current->block; }
-SIMT_DEVICE dim3 block_dim() { return rt::current->block_dim; }
-SIMT_DEVICE dim3 grid_dim() { return rt::current->grid; }
+SIMT_DEVICE int thread_id() {
+  return rt::current->tid;
+}
+SIMT_DEVICE int lane_id() {
+  return rt::current->lane;
+}
+SIMT_DEVICE int warp_id() {
+  return rt::current->warp;
+}
+SIMT_DEVICE dim3 block_idx() {
+  return rt::current->block;
+}
+SIMT_DEVICE dim3 block_dim() {
+  return rt::current->block_dim;
+}
+SIMT_DEVICE dim3 grid_dim() {
+  return rt::current->grid;
+}
 
-SIMT_DEVICE void sync_block(SIMT_AT) { rt::barrier(0, -1, true, SIMT_SITE); }
-SIMT_DEVICE void sync_warp(uint32_t mask = kFullMask, SIMT_AT) { rt::warp_sync(mask, SIMT_SITE); }
-SIMT_DEVICE void bar_sync(int id, int threads, SIMT_AT) { rt::barrier(id, threads, true, SIMT_SITE); }
-SIMT_DEVICE void bar_arrive(int id, int threads, SIMT_AT) { rt::barrier(id, threads, false, SIMT_SITE); }
-SIMT_DEVICE void fence_device() { rt::fence_device(); }
+SIMT_DEVICE void sync_block(SIMT_AT) {
+  rt::barrier(0, -1, true, SIMT_SITE);
+}
+SIMT_DEVICE void sync_warp(uint32_t mask = kFullMask, SIMT_AT) {
+  rt::warp_sync(mask, SIMT_SITE);
+}
+SIMT_DEVICE void bar_sync(int id, int threads, SIMT_AT) {
+  rt::barrier(id, threads, true, SIMT_SITE);
+}
+SIMT_DEVICE void bar_arrive(int id, int threads, SIMT_AT) {
+  rt::barrier(id, threads, false, SIMT_SITE);
+}
+SIMT_DEVICE void fence_device() {
+  rt::fence_device();
+}
 
 namespace rt {
 
@@ -92,21 +114,21 @@ void match_any_op(void** args, uint32_t mask, Site);  // args: VoteArgs<uint32_t
 }  // namespace rt
 
 template <class T>
-T shfl(T v, int lane, uint32_t mask = kFullMask, SIMT_AT) {
+SIMT_DEVICE T shfl(T v, int lane, uint32_t mask = kFullMask, SIMT_AT) {
   return rt::shuffle(v, lane & 31, mask, SIMT_SITE);
 }
 template <class T>
-T shfl_xor(T v, int lane_mask, uint32_t mask = kFullMask, SIMT_AT) {
+SIMT_DEVICE T shfl_xor(T v, int lane_mask, uint32_t mask = kFullMask, SIMT_AT) {
   const int source = lane_id() ^ lane_mask;
   return rt::shuffle(v, source < kWarp ? source : lane_id(), mask, SIMT_SITE);
 }
 template <class T>
-T shfl_up(T v, int delta, uint32_t mask = kFullMask, SIMT_AT) {
+SIMT_DEVICE T shfl_up(T v, int delta, uint32_t mask = kFullMask, SIMT_AT) {
   const int source = lane_id() - delta;
   return rt::shuffle(v, source >= 0 ? source : lane_id(), mask, SIMT_SITE);
 }
 template <class T>
-T shfl_down(T v, int delta, uint32_t mask = kFullMask, SIMT_AT) {
+SIMT_DEVICE T shfl_down(T v, int delta, uint32_t mask = kFullMask, SIMT_AT) {
   const int source = lane_id() + delta;
   return rt::shuffle(v, source < kWarp ? source : lane_id(), mask, SIMT_SITE);
 }
@@ -127,15 +149,15 @@ SIMT_DEVICE uint32_t match_any(uint32_t v, uint32_t mask = kFullMask, SIMT_AT) {
 }
 
 template <class Int>
-Int redux_add(Int v, uint32_t mask = kFullMask, SIMT_AT) {
+SIMT_DEVICE Int redux_add(Int v, uint32_t mask = kFullMask, SIMT_AT) {
   return rt::vote<Int, rt::FoldAdd<Int>>(v, mask, "redux_add", SIMT_SITE);
 }
 template <class Int>
-Int redux_min(Int v, uint32_t mask = kFullMask, SIMT_AT) {
+SIMT_DEVICE Int redux_min(Int v, uint32_t mask = kFullMask, SIMT_AT) {
   return rt::vote<Int, rt::FoldMin<Int>>(v, mask, "redux_min", SIMT_SITE);
 }
 template <class Int>
-Int redux_max(Int v, uint32_t mask = kFullMask, SIMT_AT) {
+SIMT_DEVICE Int redux_max(Int v, uint32_t mask = kFullMask, SIMT_AT) {
   return rt::vote<Int, rt::FoldMax<Int>>(v, mask, "redux_max", SIMT_SITE);
 }
 

@@ -13,5 +13,5 @@ const char* tree_finalize(const TreeFinalizeParams& p, const Runtime& rt) {
 }  // namespace tilewise::speculative
 
 extern "C" __attribute__((visibility("default"))) const tilewise::speculative::Kernels tilewise_speculative_cuda = {
-    &tilewise::speculative::tree_finalize,
+    &tilewise::speculative::tree_finalize, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr,
 };

@@ -23,7 +23,9 @@ def run(text: str | None = None, out: str = "demo-report", steps: int | None = N
     begin, console = time.monotonic(), Console()
     data = load_bytes(text)
     corpus = Corpus(data)
-    console.print(f"{data.numel() / 1e6:.1f} MB of {'text' if text else 'Python sources'}; every model is trained twice")
+    console.print(
+        f"{data.numel() / 1e6:.1f} MB of {'text' if text else 'Python sources'}; every model is trained twice"
+    )
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
         results = {t.title: train_side_by_side(t, corpus, TRAINING_SECONDS, steps, progress) for t in TASKS}

@@ -1,9 +1,10 @@
 """The two ways in which the demo computes the same model: plain torch, and tilewise."""
 
-import tilewise as tw
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+import tilewise as tw
 
 
 def two_four_mask(weight: torch.Tensor) -> torch.Tensor:

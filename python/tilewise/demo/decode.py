@@ -50,7 +50,7 @@ class PagedTransformer:
 
     def forward(self, tree: spec.DraftTree) -> torch.Tensor:
         """Logits (B, N, 256) of every node; the nodes' keys and values go behind the cached ones."""
-        links = spec.tree_finalize(tree.parent, tree.n_nodes, self.lengths)
+        links = tree.finalize(self.lengths)
 
         def attend(layer):
             k_pages, v_pages = self.caches[layer]
@@ -73,19 +73,13 @@ class PagedTransformer:
         self.lengths += verified.accept_len + 1
 
 
-def _chain(tokens: torch.Tensor) -> spec.DraftTree:
-    batch, length = tokens.shape
-    parent = (torch.arange(length, dtype=torch.int32) - 1).repeat(batch, 1)
-    return spec.DraftTree(parent, tokens.to(torch.int32), torch.full((batch,), length, dtype=torch.int32))
-
-
 @torch.no_grad()
 def _decode(model: Transformer, prompts: torch.Tensor, draft, report) -> Decoded:
     """``draft(table, root)`` proposes a tree for root tokens (B,)."""
     batch, length = prompts.shape
     paged = PagedTransformer(model, batch, length + NEW_TOKENS + 2 * spec.MAX_NODES)
     table = torch.zeros(VOCABULARY, BRANCHING, dtype=torch.int32)
-    logits = paged.forward(_chain(prompts))
+    logits = paged.forward(spec.DraftTree.chain(prompts.to(torch.int32)))
     paged.lengths += length
     spec.table_update(table, prompts.to(torch.int32), logits.topk(BRANCHING).indices.to(torch.int32))
     root = logits[:, -1].argmax(-1).to(torch.int32)
@@ -96,7 +90,8 @@ def _decode(model: Transformer, prompts: torch.Tensor, draft, report) -> Decoded
         logits = paged.forward(tree)
         verified = spec.verify_greedy(tree.parent, tree.tokens, logits, n_nodes=tree.n_nodes)
         paged.accept(verified)
-        spec.table_update(table, tree.tokens, logits.topk(BRANCHING).indices.to(torch.int32))
+        topk = logits.topk(BRANCHING).indices.to(torch.int32)
+        spec.table_update(table, tree.tokens, topk, n_nodes=tree.n_nodes)
         root = verified.out_tokens.gather(1, verified.accept_len.long().unsqueeze(1)).squeeze(1)
         for row, new, count in zip(tokens, verified.out_tokens.tolist(), verified.accept_len.tolist(), strict=True):
             row += new[: count + 1]
@@ -112,7 +107,7 @@ def compare(model: Transformer, corpus: Corpus, progress) -> tuple[Decoded, Deco
     template = spec.DEFAULT_TEMPLATE
 
     def one_node(_table, root):
-        return _chain(root.unsqueeze(1))
+        return spec.DraftTree.chain(root.unsqueeze(1))
 
     def recycled(table, root):
         return spec.tree_from_template(template, table, root)

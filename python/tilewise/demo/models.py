@@ -109,7 +109,8 @@ class LongFilter(nn.Module):
 
     def forward(self):
         """(C, L)."""
-        return (self.outer(torch.sin(self.inner(self.positions))).T * self.window) * 0.3
+        hidden = torch.sin(self.inner(self.positions))  # [l, width]
+        return 0.3 * (self.outer.weight @ hidden.T) * self.window
 
 
 class LongConvBlock(nn.Module):
@@ -120,17 +121,16 @@ class LongConvBlock(nn.Module):
         self.backend = backend
         self.norm1, self.norm2 = nn.LayerNorm(channels, bias=False), nn.LayerNorm(channels, bias=False)
         self.inputs = Linear(channels, 3 * channels)
-        self.taps = nn.Parameter(torch.tensor([[1.0], [0.3], [0.1]]).repeat(1, 3 * channels))  # short convolution
+        self.taps = nn.Parameter(torch.tensor([[1.0], [0.3], [0.1]]).repeat(1, channels))  # short convolution
         self.filter = LongFilter(channels, length)
         self.skip = nn.Parameter(torch.ones(channels))
         self.out = Linear(channels, channels, gain=1 / math.sqrt(2 * depth))
         self.up, self.down = Linear(channels, 2 * channels, gain=math.sqrt(2)), Linear(2 * channels, channels)
 
     def forward(self, x):
-        h = self.inputs(self.norm1(x))
-        padded = F.pad(h, (0, 0, 2, 0))
+        padded = F.pad(self.norm1(x), (0, 0, 2, 0))
         h = sum(self.taps[i] * padded[:, 2 - i : padded.shape[1] - i] for i in range(3))
-        pregate, u, postgate = h.transpose(1, 2).contiguous().chunk(3, dim=1)
+        pregate, u, postgate = self.inputs(h).transpose(1, 2).contiguous().chunk(3, dim=1)
         y = self.backend.long_conv(u, self.filter(), pregate, postgate, self.skip)
         x = x + self.out(y.transpose(1, 2))
         return x + self.down(F.gelu(self.up(self.norm2(x))))

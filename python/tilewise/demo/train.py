@@ -6,10 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
+from torch import nn
+
 from tilewise.demo.backends import Tilewise, Torch
 from tilewise.demo.data import Corpus
 from tilewise.demo.models import bits_per_byte
-from torch import nn
 
 
 @dataclass(frozen=True)

@@ -23,3 +23,83 @@ def tree_finalize(parent, n_nodes, seq_lens):
             bits[b, i, i] = True
     weights = torch.ones(64, dtype=torch.int64) << torch.arange(64)
     return positions, first_child, next_sibling, (bits.view(batch, nodes, words, 64) * weights).sum(-1)
+
+
+def tree_from_template(parent, rank, table, root_tokens):
+    trees = []
+    for root in root_tokens.tolist():
+        nodes, place = [(-1, root)], [0]
+        for i in range(1, len(parent)):
+            up = place[int(parent[i])]
+            token = int(table[nodes[up][1], int(rank[i])]) if up >= 0 else -1
+            place.append(len(nodes) if 0 <= token < len(table) else -1)
+            if place[-1] >= 0:
+                nodes.append((up, token))
+        trees.append(nodes)
+    return _pack(trees, len(parent))
+
+
+def tree_from_sequences(sequences, root_tokens, max_nodes):
+    trees = []
+    for b, root in enumerate(root_tokens.tolist()):
+        nodes = [(-1, root)]
+        for sequence in sequences[b].tolist():
+            at = 0
+            for token in sequence:
+                if token < 0 or (at, token) not in nodes[1:] and len(nodes) == max_nodes:
+                    break
+                if (at, token) not in nodes[1:]:
+                    nodes.append((at, token))
+                at = nodes.index((at, token), 1)
+        trees.append(nodes)
+    return _pack(trees, max_nodes)
+
+
+def _pack(trees, width):
+    padded = [nodes + [(-2, 0)] * (width - len(nodes)) for nodes in trees]
+    parent, tokens = (torch.tensor([[node[i] for node in tree] for tree in padded], dtype=torch.int32) for i in (0, 1))
+    return parent, tokens, torch.tensor([len(nodes) for nodes in trees], dtype=torch.int32)
+
+
+def sequence_rows(pages, block_table, b, start, end):
+    """Rows [start, end) of sequence b: (end - start, Hkv, D)."""
+    return pages[block_table[b].long()].flatten(0, 1)[start:end]
+
+
+def tree_attention(q, k_pages, v_pages, block_table, prefix_len, parent, n_nodes, scale=None):
+    """Each node by ordinary attention over its own root path; in float64 for float64 inputs."""
+    batch, nodes, heads, dim = q.shape
+    group = heads // k_pages.shape[2]
+    out, lse = torch.zeros_like(q), q.new_full(q.shape[:-1], -torch.inf)
+    for b in range(batch):
+        prefix = int(prefix_len[b])
+        k, v = (sequence_rows(p, block_table, b, 0, prefix + nodes) for p in (k_pages, v_pages))
+        for i in range(int(n_nodes[b])):
+            path = [i]
+            while parent[b, path[0]] >= 0:
+                path.insert(0, int(parent[b, path[0]]))
+            seen = [*range(prefix), *(prefix + a for a in path)]
+            keys, values = k[seen].repeat_interleave(group, 1), v[seen].repeat_interleave(group, 1)
+            scores = torch.einsum("hd,lhd->hl", q[b, i], keys) * (dim**-0.5 if scale is None else scale)
+            out[b, i] = torch.einsum("hl,lhd->hd", scores.softmax(-1), values)
+            lse[b, i] = scores.float().logsumexp(-1) if q.dtype != torch.float64 else scores.logsumexp(-1)
+    return out, lse
+
+
+def verify_greedy(parent, tokens, logits, n_nodes, max_depth):
+    batch = len(parent)
+    accept_len = torch.zeros(batch, dtype=torch.int32)
+    path, out = (torch.full((batch, max_depth + 1), -1, dtype=torch.int32) for _ in range(2))
+    for b in range(batch):
+        at, depth = 0, 0
+        path[b, 0] = 0
+        while True:
+            choice = int(logits[b, at].argmax()) if logits.ndim == 3 else int(logits[b, at])
+            out[b, depth] = choice
+            children = [i for i in range(1, int(n_nodes[b])) if parent[b, i] == at and tokens[b, i] == choice]
+            if not children or depth == max_depth:
+                break
+            at, depth = children[0], depth + 1
+            path[b, depth] = at
+        accept_len[b] = depth
+    return accept_len, path, out

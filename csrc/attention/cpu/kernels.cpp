@@ -1,0 +1,8 @@
+// CPU kernels of the family, compiled once per instruction set (rules: common/isa.h).
+#include "attention/cpu/backward.h"
+#include "attention/cpu/forward.h"
+
+extern "C" const tilewise::attention::Kernels TILEWISE_ISA_TABLE(attention) = {
+    &tilewise::forward,
+    &tilewise::backward,
+};

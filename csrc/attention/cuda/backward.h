@@ -1,0 +1,281 @@
+// Backward for fp16 and bf16 on tensor cores, without atomics: every gradient has one writer, so results repeat bit for
+// bit. BackwardQueries keeps a tile of queries and passes over the keys for dq; BackwardKeys keeps a tile of keys and
+// passes over the queries, and over the query heads that share them, for dk and dv. Both recompute the scores, which
+// makes seven products of the five that one kernel with atomic dq would need (docs/performance/attention-cuda.md).
+//
+// With P = exp(S - lse), dP = dout V^T and dS = P (dP - delta):  dv = P^T dout,  dk = scale dS^T Q,  dq = scale dS K.
+// BackwardKeys forms S and dP transposed, K Q^T and V dout^T. So in both kernels each warp owns the rows of what it
+// accumulates, P and dS go from accumulator to A operand inside the registers, and only the streamed operands are
+// shared between warps.
+#pragma once
+#include "attention/cuda/delta.h"
+#include "attention/cuda/mask.h"
+#include "attention/cuda/tile.h"
+
+namespace tilewise::attention {
+
+// The exponent that P subtracts. A row that saw nothing has lse -inf and no gradient: +inf makes its P zero.
+SIMT_DEVICE float exponent_base(float lse) {
+  return lse == -INFINITY ? INFINITY : lse * kLog2e;
+}
+
+template <int M>
+SIMT_DEVICE void scale_accumulators(float (&acc)[M][4], float scale) {
+#pragma unroll
+  for (int i = 0; i < M; i++)
+#pragma unroll
+    for (int e = 0; e < 4; e++) acc[i][e] *= scale;
+}
+
+// dq of one tile of queries.
+template <class T, int D, class Mask>
+struct BackwardQueries {
+  static constexpr int kMinArch = 800, kThreads = 128, kMinBlocks = D == 64 ? 2 : 1;
+  static constexpr int kWarpRows = 32, kFragments = kWarpRows / 16, kQueries = kThreads / kWarp * kWarpRows;
+  static constexpr int kKeys = D == 64 ? 64 : 32, kStep = 32;
+  using Params = BackwardArgs;
+  using Loader = TileLoader<D, kThreads, T>;
+  struct Smem {
+    alignas(128) T q[kQueries * D];
+    alignas(128) T dout[kQueries * D];
+    alignas(128) T k[2][kKeys * D];
+    alignas(128) T v[2][kKeys * D];
+  };
+  struct Rows {  // of this thread, as in SoftmaxRows
+    float base[kFragments][2], delta[kFragments][2];
+  };
+
+  SIMT_DEVICE static Rows load_rows(const BackwardParams& b, int64_t stats, int query, int q_len) {
+    Rows rows;
+#pragma unroll
+    for (int i = 0; i < kFragments; i++)
+#pragma unroll
+      for (int h = 0; h < 2; h++) {
+        const int row = query + 16 * i + 8 * h + (lane_id() >> 2);
+        rows.base[i][h] = row < q_len ? exponent_base(b.forward.lse[stats + row]) : INFINITY;
+        rows.delta[i][h] = row < q_len ? b.delta[stats + row] : 0.f;
+      }
+    return rows;
+  }
+
+  // Adds the keys [row, row + kStep) of a tile; `key` is the first one's index in the sequence.
+  template <bool Masked>
+  SIMT_DEVICE static void step(const Smem& s, int stage, int row, const Mask& mask, const Rows& rows, float scale_log2,
+                               int query, int key, float (&dq)[kFragments][D / 8][4]) {
+    const int own = warp_id() * kWarpRows, g = lane_id() >> 2, t = lane_id() & 3;
+    float scores[kFragments][kStep / 8][4] = {}, dp[kFragments][kStep / 8][4] = {};
+    multiply_transposed<D>(scores, s.q, own, s.k[stage], row);
+    multiply_transposed<D>(dp, s.dout, own, s.v[stage], row);
+#pragma unroll
+    for (int i = 0; i < kFragments; i++)
+#pragma unroll
+      for (int h = 0; h < 2; h++) {
+        const int limit = mask.key_limit(query + 16 * i + 8 * h + g) - key - 2 * t;
+#pragma unroll
+        for (int j = 0; j < kStep / 8; j++)
+#pragma unroll
+          for (int c = 0; c < 2; c++) {
+            const int e = 2 * h + c;
+            float p = exp2_approx(scores[i][j][e] * scale_log2 - rows.base[i][h]);
+            if (Masked && 8 * j + c >= limit) p = 0.f;
+            dp[i][j][e] = p * (dp[i][j][e] - rows.delta[i][h]);
+          }
+      }
+    multiply<D>(dq, dp, s.k[stage], row);
+  }
+
+  SIMT_DEVICE static void run(const Params& args, Smem& s) {
+    const BackwardParams& b = args.b;
+    const ForwardParams& p = b.forward;
+    const Place place = find_place(args.tiles, p.q_heads);
+    const Sequence seq = find_sequence(p, place.batch, args.fault);
+    const int head = place.head, kv_head = head / (p.q_heads / p.kv_heads);
+    const int first = (Mask::kLongestTileLast ? args.tiles - 1 - place.tile : place.tile) * kQueries;
+    if (first >= seq.q_len) return;
+
+    const Mask mask{seq.q_len, seq.k_len};
+    const int query = first + warp_id() * kWarpRows;
+    const float scale_log2 = p.scale * kLog2e;
+    const int tiles = ceil_div(mask.key_end(first + kQueries), kKeys), full = mask.full_key_end(first) / kKeys;
+    float dq[kFragments][D / 8][4] = {};
+    if (tiles > 0) {
+      const Loader queries(row_pointer<T>(p.q, p.q_strides, seq.batch, head, seq.q_row + first), p.q_strides.row);
+      const Loader douts(row_pointer<T>(b.dout, b.dout_strides, seq.batch, head, seq.q_row + first),
+                         b.dout_strides.row);
+      Loader keys(row_pointer<T>(p.k, p.k_strides, seq.batch, kv_head, seq.k_row), p.k_strides.row);
+      Loader values(row_pointer<T>(p.v, p.v_strides, seq.batch, kv_head, seq.k_row), p.v_strides.row);
+      queries.template load<kQueries>(s.q, seq.q_len - first);
+      douts.template load<kQueries>(s.dout, seq.q_len - first);
+      keys.template load<kKeys>(s.k[0], seq.k_len);
+      values.template load<kKeys>(s.v[0], seq.k_len);
+      cp_async_commit();
+      const Rows rows = load_rows(b, stats_index(p, seq, head), query, seq.q_len);
+      for (int tile = 0; tile < tiles; tile++) {
+        const int stage = tile % 2, next = (tile + 1) * kKeys;
+        cp_async_wait<0>();
+        sync_block();  // this stage has arrived, and every warp has done with the other one
+        if (tile + 1 < tiles) {
+          keys.skip(kKeys);
+          values.skip(kKeys);
+          keys.template load<kKeys>(s.k[stage ^ 1], seq.k_len - next);
+          values.template load<kKeys>(s.v[stage ^ 1], seq.k_len - next);
+        }
+        cp_async_commit();
+        if (tile < full)
+#pragma unroll 1
+          for (int row = 0; row < kKeys; row += kStep)
+            step<false>(s, stage, row, mask, rows, scale_log2, query, tile * kKeys + row, dq);
+        else
+#pragma unroll 1
+          for (int row = 0; row < kKeys; row += kStep)
+            step<true>(s, stage, row, mask, rows, scale_log2, query, tile * kKeys + row, dq);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kFragments; i++) scale_accumulators(dq[i], p.scale);
+    store_accumulators<D>(row_pointer<T>(b.dq, b.dq_strides, seq.batch, head, seq.q_row + query), b.dq_strides.row,
+                          seq.q_len - query, dq, s.q, warp_id() * kWarpRows);
+  }
+};
+
+// dk and dv of one tile of keys. Rows of the accumulators are keys, columns of the scores are queries.
+template <class T, int D, class Mask>
+struct BackwardKeys {
+  static constexpr int kMinArch = 800, kThreads = D == 64 ? 128 : 256, kMinBlocks = D == 64 ? 2 : 1;
+  static constexpr int kWarpRows = D == 64 ? 32 : 16, kFragments = kWarpRows / 16;
+  static constexpr int kKeys = kThreads / kWarp * kWarpRows, kQueries = D == 64 ? 64 : 32, kStep = 32;
+  using Params = BackwardArgs;
+  using Loader = TileLoader<D, kThreads, T>;
+  struct Smem {
+    alignas(128) T k[kKeys * D];
+    alignas(128) T v[kKeys * D];
+    alignas(128) T q[2][kQueries * D];
+    alignas(128) T dout[2][kQueries * D];
+    alignas(16) float lse[2][kQueries];
+    alignas(16) float delta[2][kQueries];
+  };
+  struct Gradients {
+    float dk[kFragments][D / 8][4] = {}, dv[kFragments][D / 8][4] = {};
+  };
+  // A tile of queries: they come head by head, each from the first tile that sees a key of the block.
+  struct Cursor {
+    int head, first;
+
+    SIMT_DEVICE Cursor next(int begin, int q_len) const {
+      return first + kQueries < q_len ? Cursor{head, first + kQueries} : Cursor{head + 1, begin};
+    }
+  };
+
+  // Starts the copy of a tile; queries past the end become zero, and so do their gradients.
+  SIMT_DEVICE static void load_queries(Smem& s, int stage, const BackwardParams& b, const Sequence& seq, Cursor at) {
+    const ForwardParams& p = b.forward;
+    const int head = at.head, first = at.first;
+    const Loader queries(row_pointer<T>(p.q, p.q_strides, seq.batch, head, seq.q_row + first), p.q_strides.row);
+    const Loader douts(row_pointer<T>(b.dout, b.dout_strides, seq.batch, head, seq.q_row + first), b.dout_strides.row);
+    queries.template load<kQueries>(s.q[stage], seq.q_len - first);
+    douts.template load<kQueries>(s.dout[stage], seq.q_len - first);
+    const int64_t stats = stats_index(p, seq, head) + first;
+    const int row = thread_id() % kQueries;
+    const bool exists = first + row < seq.q_len;
+    const int64_t from = stats + (exists ? row : 0);
+    if (thread_id() < kQueries)
+      cp_async4(&s.lse[stage][row], p.lse + from, exists);
+    else if (thread_id() < 2 * kQueries)
+      cp_async4(&s.delta[stage][row], b.delta + from, exists);
+  }
+
+  SIMT_DEVICE static void hide(float (&scores)[kFragments][kStep / 8][4], const Mask& mask, int key, int query) {
+    const int g = lane_id() >> 2, t = lane_id() & 3;
+#pragma unroll
+    for (int i = 0; i < kFragments; i++)
+#pragma unroll
+      for (int h = 0; h < 2; h++) {
+        const int begin = mask.query_begin(key + 16 * i + 8 * h + g) - query - 2 * t;
+#pragma unroll
+        for (int j = 0; j < kStep / 8; j++)
+#pragma unroll
+          for (int e = 0; e < 2; e++)
+            if (8 * j + e < begin) scores[i][j][2 * h + e] = -INFINITY;
+      }
+  }
+
+  // Adds the queries [column, column + kStep) of a tile; `query` is the first one's index in the sequence.
+  template <bool Masked>
+  SIMT_DEVICE static void step(const Smem& s, int stage, int column, const Mask& mask, float scale_log2, int key,
+                               int query, Gradients& sums) {
+    const int own = warp_id() * kWarpRows, t = lane_id() & 3;
+    float p[kFragments][kStep / 8][4] = {}, ds[kFragments][kStep / 8][4] = {};
+    multiply_transposed<D>(p, s.k, own, s.q[stage], column);
+    if (Masked) hide(p, mask, key, query);
+    multiply_transposed<D>(ds, s.v, own, s.dout[stage], column);
+#pragma unroll
+    for (int j = 0; j < kStep / 8; j++) {
+      const uint2 lse = load8(&s.lse[stage][column + 8 * j + 2 * t]);
+      const uint2 delta = load8(&s.delta[stage][column + 8 * j + 2 * t]);
+#pragma unroll
+      for (int c = 0; c < 2; c++) {
+        const float base = exponent_base(bits_f32(c ? lse.y : lse.x)), d = bits_f32(c ? delta.y : delta.x);
+#pragma unroll
+        for (int i = 0; i < kFragments; i++)
+#pragma unroll
+          for (int e = c; e < 4; e += 2) {
+            p[i][j][e] = exp2_approx(p[i][j][e] * scale_log2 - base);
+            ds[i][j][e] = p[i][j][e] * (ds[i][j][e] - d);
+          }
+      }
+    }
+    multiply<D>(sums.dv, p, s.dout[stage], column);
+    multiply<D>(sums.dk, ds, s.q[stage], column);
+  }
+
+  SIMT_DEVICE static void run(const Params& args, Smem& s) {
+    const BackwardParams& b = args.b;
+    const ForwardParams& p = b.forward;
+    const Place place = find_place(args.tiles, p.kv_heads);
+    const Sequence seq = find_sequence(p, place.batch, args.fault);
+    const int kv_head = place.head, first = place.tile * kKeys, heads = p.q_heads / p.kv_heads;
+    if (first >= seq.k_len) return;
+
+    const Mask mask{seq.q_len, seq.k_len};
+    const int begin = mask.query_begin(first) / kQueries * kQueries, full = mask.full_query_begin(first + kKeys);
+    const int key = first + warp_id() * kWarpRows;
+    const float scale_log2 = p.scale * kLog2e;
+    const int64_t row = seq.k_row + first;
+    Gradients sums;
+    if (begin < seq.q_len) {
+      const Loader keys(row_pointer<T>(p.k, p.k_strides, seq.batch, kv_head, row), p.k_strides.row);
+      const Loader values(row_pointer<T>(p.v, p.v_strides, seq.batch, kv_head, row), p.v_strides.row);
+      keys.template load<kKeys>(s.k, seq.k_len - first);
+      values.template load<kKeys>(s.v, seq.k_len - first);
+      Cursor at = {kv_head * heads, begin};
+      load_queries(s, 0, b, seq, at);
+      cp_async_commit();
+      const int end = at.head + heads;
+      for (int stage = 0; at.head < end; stage ^= 1) {
+        const int query = at.first;
+        at = at.next(begin, seq.q_len);
+        cp_async_wait<0>();
+        sync_block();  // this stage has arrived, and every warp has done with the other one
+        if (at.head < end) load_queries(s, stage ^ 1, b, seq, at);
+        cp_async_commit();
+        if (query >= full)
+#pragma unroll 1
+          for (int column = 0; column < kQueries; column += kStep)
+            step<false>(s, stage, column, mask, scale_log2, key, query + column, sums);
+        else
+#pragma unroll 1
+          for (int column = 0; column < kQueries; column += kStep)
+            step<true>(s, stage, column, mask, scale_log2, key, query + column, sums);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kFragments; i++) scale_accumulators(sums.dk[i], p.scale);
+    const int own = warp_id() * kWarpRows, valid = seq.k_len - key;
+    store_accumulators<D>(row_pointer<T>(b.dk, b.dk_strides, seq.batch, kv_head, seq.k_row + key), b.dk_strides.row,
+                          valid, sums.dk, s.k, own);
+    store_accumulators<D>(row_pointer<T>(b.dv, b.dv_strides, seq.batch, kv_head, seq.k_row + key), b.dv_strides.row,
+                          valid, sums.dv, s.v, own);
+  }
+};
+
+}  // namespace tilewise::attention

@@ -1,0 +1,63 @@
+// The family's CUDA table: compiled by nvcc for GPUs and by g++ for the emulator.
+#include "attention/cuda/launch.h"
+
+namespace tilewise::attention {
+namespace {
+
+struct Extent {
+  int batch, heads;
+  int64_t rows;
+};
+
+Extent queries(const ForwardParams& p) {
+  return p.cu_seqlens_q ? Extent{1, p.q_heads, p.total_q} : Extent{p.batch, p.q_heads, p.seq_q};
+}
+Extent keys(const ForwardParams& p) {
+  return p.cu_seqlens_q ? Extent{1, p.kv_heads, p.total_k} : Extent{p.batch, p.kv_heads, p.seq_k};
+}
+
+// A dimension of extent one is never stepped along: its stride may be anything.
+bool aligned(const void* base, const Strides& s, const Extent& extent, Type type) {
+  const int64_t values = type == Type::f32 ? 4 : 8;
+  const auto multiple = [=](int64_t stride, int64_t count) { return count <= 1 || stride % values == 0; };
+  return reinterpret_cast<uintptr_t>(base) % 16 == 0 && multiple(s.batch, extent.batch) &&
+         multiple(s.head, extent.heads) && multiple(s.row, extent.rows);
+}
+
+bool scale_is_positive(const ForwardParams& p) {
+  return p.scale > 0.f && p.scale < INFINITY;
+}
+
+const char* forward(const ForwardParams& p, const Runtime& rt) {
+  if (p.dim != p.v_dim) return no_such_instance();
+  const bool tensor_cores = p.type != Type::f32 && scale_is_positive(p) && rows_aligned(p);
+  return tensor_cores ? forward_tensor_cores(p, rt) : forward_any(p, rt);
+}
+
+const char* backward(const BackwardParams& b, const Runtime& rt) {
+  const ForwardParams& p = b.forward;
+  if (p.dim != p.v_dim) return no_such_instance();
+  const bool tensor_cores = p.type != Type::f32 && scale_is_positive(p) && rows_aligned(b);
+  return tensor_cores ? backward_tensor_cores(b, rt) : backward_any(b, rt);
+}
+
+}  // namespace
+
+bool rows_aligned(const ForwardParams& p) {
+  return aligned(p.q, p.q_strides, queries(p), p.type) && aligned(p.out, p.out_strides, queries(p), p.type) &&
+         aligned(p.k, p.k_strides, keys(p), p.type) && aligned(p.v, p.v_strides, keys(p), p.type);
+}
+
+bool rows_aligned(const BackwardParams& b) {
+  const ForwardParams& p = b.forward;
+  return rows_aligned(p) && aligned(b.dout, b.dout_strides, queries(p), p.type) &&
+         aligned(b.dq, b.dq_strides, queries(p), p.type) && aligned(b.dk, b.dk_strides, keys(p), p.type) &&
+         aligned(b.dv, b.dv_strides, keys(p), p.type);
+}
+
+}  // namespace tilewise::attention
+
+extern "C" __attribute__((visibility("default"))) const tilewise::attention::Kernels tilewise_attention_cuda = {
+    &tilewise::attention::forward,
+    &tilewise::attention::backward,
+};

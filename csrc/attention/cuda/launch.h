@@ -1,0 +1,70 @@
+// How a launch picks its kernel instance. launch.cu decides between the two kernel families, forward.cu, backward.cu
+// and any.cu hold their instances.
+#pragma once
+#include "attention/cuda/mask.h"
+
+namespace tilewise::attention {
+
+// fp16 and bf16 on tensor cores: 16-byte rows, a positive scale.
+const char* forward_tensor_cores(const ForwardParams&, const Runtime&);
+const char* backward_tensor_cores(const BackwardParams&, const Runtime&);
+// Every type, alignment and scale, on the fp32 units.
+const char* forward_any(const ForwardParams&, const Runtime&);
+const char* backward_any(const BackwardParams&, const Runtime&);
+
+// Whether every row of every tensor starts on 16 bytes.
+bool rows_aligned(const ForwardParams&);
+bool rows_aligned(const BackwardParams&);
+
+template <class T>
+struct TypeTag {
+  using type = T;
+};
+template <class Tag>
+using TypeOf = typename Tag::type;
+template <int N>
+struct Number {
+  static constexpr int value = N;
+};
+
+inline const char* no_such_instance() {
+  return "no CUDA kernel for this type and head dim";
+}
+
+// select(..., fn) calls fn with the tags of the instance. TILEWISE_FEW_INSTANCES keeps one type and head dim: seeded
+// bugs are compiled often.
+template <class Fn>
+const char* select_dim(int dim, Fn fn) {
+  if (dim == 64) return fn(Number<64>{});
+#ifndef TILEWISE_FEW_INSTANCES
+  if (dim == 128) return fn(Number<128>{});
+#endif
+  return no_such_instance();
+}
+template <class Fn>
+const char* select_type16(Type type, Fn fn) {
+  if (type == Type::bf16) return fn(TypeTag<bf16>{});
+#ifndef TILEWISE_FEW_INSTANCES
+  if (type == Type::f16) return fn(TypeTag<fp16>{});
+#endif
+  return no_such_instance();
+}
+template <class Fn>
+const char* select_any_type(Type type, Fn fn) {
+  return type == Type::f32 ? fn(TypeTag<float>{}) : select_type16(type, fn);
+}
+template <class Fn>
+const char* select_mask(bool causal, Fn fn) {
+  return causal ? fn(TypeTag<Causal>{}) : fn(TypeTag<Dense>{});
+}
+
+// One block per tile, head and sequence.
+template <class K>
+const char* launch_tiles(int tiles, int heads, int batch, const typename K::Params& params, const Runtime& rt) {
+  const int64_t blocks = static_cast<int64_t>(tiles) * heads * batch;
+  if (blocks == 0) return nullptr;
+  if (blocks > 0x7fffffff) return "more than 2^31 - 1 tiles, expected fewer sequences, heads or rows";
+  return launch<K>(dim3(static_cast<unsigned>(blocks)), params, rt.stream);
+}
+
+}  // namespace tilewise::attention

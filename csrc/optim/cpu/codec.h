@@ -1,0 +1,330 @@
+// One block of 128 values to and from 4-bit codes (layout and code books: params.h). Rounding is to the nearest code
+// exactly, a tie going to the code of smaller magnitude.
+//
+// The decisions compare with midpoint * scale rounded down to a float: x > midpoint * scale in the reals exactly when
+// x > product_down(midpoint, scale), because no float lies between the two.
+#pragma once
+#include "common/isa.h"
+#include "optim/params.h"
+
+namespace tilewise {
+namespace {
+
+using namespace optim;
+
+constexpr int kVectors = kBlock / W;  // vectors in a block
+constexpr int kParts = 16 / W;        // vectors in a run of 16 elements, and in the 16 words of codes
+using BlockValues = VF[kVectors];
+
+// Where the codes of vector i stand in their words.
+constexpr int shift_of(int i) {
+  const int run = i / kParts;
+  return 8 * (run & 3) + 4 * (run >> 2);
+}
+
+// The largest float <= a * b, for positive a and b: the product of two floats is exact in double.
+TILEWISE_INLINE float product_down(float a, float b) {
+  const double exact = double(a) * b;
+  const float f = float(exact);
+  return f > exact ? bits_to_float(float_to_bits(f) - 1) : f;
+}
+
+TILEWISE_INLINE VU load_words(const uint8_t* codes, int part) {
+  return (VU)load(reinterpret_cast<const int32_t*>(codes) + part * W);
+}
+
+#if defined(__AVX2__)
+
+// Sixteen floats to look up by the low four bits of an index.
+#if defined(__AVX512F__)
+struct Table {
+  __m512 entries;
+};
+TILEWISE_INLINE Table scaled_table(const float* entries, float factor) {
+  return {_mm512_mul_ps(_mm512_loadu_ps(entries), _mm512_set1_ps(factor))};
+}
+TILEWISE_INLINE VF look_up(const Table& t, VU index) {
+  return (VF)_mm512_permutexvar_ps((__m512i)index, t.entries);
+}
+TILEWISE_INLINE VI saturate_to_u16(VI a, VI b) {
+  return (VI)_mm512_packus_epi32((__m512i)a, (__m512i)b);
+}
+TILEWISE_INLINE VI saturate_to_u8(VI a, VI b) {
+  return (VI)_mm512_packus_epi16((__m512i)a, (__m512i)b);
+}
+TILEWISE_INLINE VI transpose_bytes(VI v) {  // 4 x 4 bytes, in each 16
+  const __m128i order = _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  return (VI)_mm512_shuffle_epi8((__m512i)v, _mm512_broadcast_i32x4(order));
+}
+#else
+struct Table {
+  __m256 low, high;
+};
+TILEWISE_INLINE Table scaled_table(const float* entries, float factor) {
+  const __m256 f = _mm256_set1_ps(factor);
+  return {_mm256_mul_ps(_mm256_loadu_ps(entries), f), _mm256_mul_ps(_mm256_loadu_ps(entries + 8), f)};
+}
+TILEWISE_INLINE VF look_up(const Table& t, VU index) {
+  const __m256i i = (__m256i)index;
+  const __m256 bit3 = _mm256_castsi256_ps(_mm256_slli_epi32(i, 28));
+  return (VF)_mm256_blendv_ps(_mm256_permutevar8x32_ps(t.low, i), _mm256_permutevar8x32_ps(t.high, i), bit3);
+}
+TILEWISE_INLINE VI saturate_to_u16(VI a, VI b) {
+  return (VI)_mm256_packus_epi32((__m256i)a, (__m256i)b);
+}
+TILEWISE_INLINE VI saturate_to_u8(VI a, VI b) {
+  return (VI)_mm256_packus_epi16((__m256i)a, (__m256i)b);
+}
+TILEWISE_INLINE VI transpose_bytes(VI v) {  // 4 x 4 bytes, in each 16
+  const __m128i order = _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  return (VI)_mm256_shuffle_epi8((__m256i)v, _mm256_broadcastsi128_si256(order));
+}
+#endif
+
+struct Entries {
+  float value[16];
+};
+constexpr Entries signed_entries() {
+  Entries e = {};
+  for (int i = 0; i < 9; i++) e.value[kZeroCode + i] = kMagnitudes.value[i];
+  for (int i = 1; i < 8; i++) e.value[kZeroCode - i] = -kMagnitudes.value[i];
+  return e;
+}
+constexpr Entries unsigned_entries() {
+  Entries e = {};
+  for (int i = 0; i < 16; i++) e.value[i] = float(i + 1) / 16;
+  return e;
+}
+constexpr Entries kSignedEntries = signed_entries(), kUnsignedEntries = unsigned_entries();
+
+TILEWISE_INLINE void decode(const uint8_t* codes, const Table& table, BlockValues& x) {
+#pragma GCC unroll 16
+  for (int i = 0; i < kVectors; i++) x[i] = look_up(table, load_words(codes, i % kParts) >> shift_of(i));
+}
+TILEWISE_INLINE void decode_signed(const uint8_t* codes, float factor, BlockValues& x) {
+  decode(codes, scaled_table(kSignedEntries.value, factor), x);
+}
+
+// Codes -1..15 (-1 saturates to 0) of all vectors to the block's bytes.
+TILEWISE_INLINE VI pack4(const VI (&c)[kVectors], int first) {
+  return saturate_to_u8(saturate_to_u16(c[first], c[first + kParts]),
+                        saturate_to_u16(c[first + 2 * kParts], c[first + 3 * kParts]));
+}
+TILEWISE_INLINE void pack(const VI (&c)[kVectors], uint8_t* codes) {
+#pragma GCC unroll 2
+  for (int part = 0; part < kParts; part++) {
+    const VI low = pack4(c, part), high = pack4(c, part + 4 * kParts);
+    store(reinterpret_cast<int32_t*>(codes) + part * W, transpose_bytes(low | high << 4));
+  }
+}
+
+#if defined(__AVX512F__)
+
+TILEWISE_INLINE void decode_unsigned(const uint8_t* codes, float factor, BlockValues& x) {
+  decode(codes, scaled_table(kUnsignedEntries.value, factor), x);
+}
+
+// Half-octave bins of |x| / scale + kBinOffset hold at most one midpoint each, and none near an edge: the code is
+// base + (|x| > midpoint * scale), whatever the rounding of the bin's index.
+constexpr float kBinOffset = .058f;
+struct Bins {
+  float midpoint[16];
+  int32_t base[16];
+};
+constexpr double half_octave(int index) {  // the float with bits index << 22
+  double value = index & 1 ? 1.5 : 1.0;
+  for (int e = index >> 1; e < 127; e++) value /= 2;
+  return value;
+}
+constexpr Bins make_bins() {
+  Bins bins = {};
+  for (int index = 0xf5; index <= 0xfe; index++) {  // .046875 to 1.5
+    const double low = half_octave(index), high = half_octave(index + 1);
+    bins.midpoint[index & 15] = kInfinity;
+    bins.base[index & 15] = kZeroCode;
+    for (int i = 0; i < 8; i++) {
+      const double at = double(kMagnitudes.midpoint[i]) + kBinOffset;
+      if (at < low)
+        bins.base[index & 15]++;
+      else if (at < high)
+        bins.midpoint[index & 15] = kMagnitudes.midpoint[i];
+    }
+  }
+  return bins;
+}
+constexpr Bins kBins = make_bins();
+constexpr float kHalves[16] = {.5f,  1.5f, 2.5f,  3.5f,  4.5f,  5.5f,  6.5f,  7.5f,
+                               8.5f, 9.5f, 10.5f, 11.5f, 12.5f, 13.5f, 14.5f, 15.5f};
+
+TILEWISE_INLINE __m512 products_down(const float* a, float b) {
+  return _mm512_mul_round_ps(_mm512_loadu_ps(a), _mm512_set1_ps(b), _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC);
+}
+
+TILEWISE_INLINE void encode_signed(const BlockValues& x, float scale, uint8_t* codes) {
+  const Table thresholds = {products_down(kBins.midpoint, scale)};
+  const __m512i base = _mm512_loadu_si512(kBins.base), one = _mm512_set1_epi32(1);
+  const __m512i mirror = _mm512_set1_epi32(2 * kZeroCode);
+  const VF inverse = set1(1 / scale), offset = set1(kBinOffset);
+  VI c[kVectors];
+#pragma GCC unroll 8
+  for (int i = 0; i < kVectors; i++) {
+    const VF a = abs(x[i]);
+    const VU bin = (VU)(a * inverse + offset) >> 22;
+    const __mmask16 above = _mm512_cmp_ps_mask((__m512)a, (__m512)look_up(thresholds, bin), _CMP_GT_OQ);
+    __m512i code = _mm512_permutexvar_epi32((__m512i)bin, base);
+    code = _mm512_mask_add_epi32(code, above, code, one);
+    c[i] = (VI)_mm512_mask_sub_epi32(code, _mm512_movepi32_mask((__m512i)x[i]), mirror, code);
+  }
+  pack(c, codes);
+}
+
+// The bin b = floor(16 x / scale) holds the one midpoint (b + .5) * scale / 16, between codes b - 1 and b.
+TILEWISE_INLINE void encode_unsigned(const BlockValues& x, float scale, uint8_t* codes) {
+  const Table thresholds = {products_down(kHalves, scale / 16)};
+  const VF inverse = set1(15.99999f / scale);  // keeps scale itself below bin 16
+  VI c[kVectors];
+#pragma GCC unroll 8
+  for (int i = 0; i < kVectors; i++) {
+    const __m512i bin = _mm512_cvttps_epi32((__m512)(x[i] * inverse));
+    const __mmask16 below = _mm512_cmp_ps_mask((__m512)x[i], (__m512)look_up(thresholds, (VU)bin), _CMP_LE_OQ);
+    c[i] = (VI)_mm512_mask_sub_epi32(bin, below, bin, _mm512_set1_epi32(1));
+  }
+  pack(c, codes);
+}
+
+#else  // AVX2
+
+TILEWISE_INLINE void decode_unsigned(const uint8_t* codes, float factor, BlockValues& x) {
+  const VF step = set1(factor / 16);
+#pragma GCC unroll 16
+  for (int i = 0; i < kVectors; i++) {
+    const VI code = (VI)(load_words(codes, i % kParts) >> shift_of(i)) & 15;
+    x[i] = __builtin_convertvector(code, VF) * step + step;
+  }
+}
+
+TILEWISE_INLINE void encode_signed(const BlockValues& x, float scale, uint8_t* codes) {
+  VF thresholds[8];
+  for (int i = 0; i < 8; i++) thresholds[i] = set1(product_down(kMagnitudes.midpoint[i], scale));
+  VI c[kVectors];
+  for (int i = 0; i < kVectors; i++) {
+    const VF a = abs(x[i]);
+    VI magnitude = {};
+#pragma GCC unroll 8
+    for (int t = 0; t < 8; t++) magnitude -= a > thresholds[t];
+    const VI sign = (VI)x[i] >> 31;
+    c[i] = (magnitude ^ sign) - sign + kZeroCode;
+  }
+  pack(c, codes);
+}
+
+// The bin b = floor(16 x / scale) holds the one midpoint (b + .5) * scale / 16, between codes b - 1 and b. The fused
+// x - midpoint rounds once, so its sign is exact.
+TILEWISE_INLINE void encode_unsigned(const BlockValues& x, float scale, uint8_t* codes) {
+  const VF inverse = set1(15.99999f / scale), step = set1(scale / 16);
+  VI c[kVectors];
+#pragma GCC unroll 16
+  for (int i = 0; i < kVectors; i++) {
+    const VI bin = __builtin_convertvector(x[i] * inverse, VI);
+    const VF half = __builtin_convertvector(bin, VF) + .5f;
+    const VF beyond = (VF)_mm256_fnmadd_ps((__m256)half, (__m256)step, (__m256)x[i]);
+    c[i] = bin - 1 - (beyond > set1(0));
+  }
+  pack(c, codes);
+}
+
+#endif
+#else  // generic
+
+TILEWISE_INLINE float signed_value(int code) {
+  return code < kZeroCode ? -kMagnitudes.value[kZeroCode - code] : kMagnitudes.value[code - kZeroCode];
+}
+
+inline void decode_signed(const uint8_t* codes, float factor, BlockValues& x) {
+  for (int i = 0; i < kVectors; i++) {
+    const VU words = load_words(codes, i % kParts) >> shift_of(i);
+    for (int lane = 0; lane < W; lane++) x[i][lane] = signed_value(words[lane] & 15) * factor;
+  }
+}
+
+inline void decode_unsigned(const uint8_t* codes, float factor, BlockValues& x) {
+  for (int i = 0; i < kVectors; i++) {
+    const VI code = (VI)(load_words(codes, i % kParts) >> shift_of(i)) & 15;
+    x[i] = (__builtin_convertvector(code, VF) + 1) * (factor / 16);
+  }
+}
+
+inline void pack(const VI (&c)[kVectors], uint8_t* codes) {
+  VI words[kParts] = {};
+  for (int i = 0; i < kVectors; i++) words[i % kParts] |= c[i] << shift_of(i);
+  for (int part = 0; part < kParts; part++) store(reinterpret_cast<int32_t*>(codes) + part * W, words[part]);
+}
+
+inline void encode_signed(const BlockValues& x, float scale, uint8_t* codes) {
+  float thresholds[8];
+  for (int i = 0; i < 8; i++) thresholds[i] = product_down(kMagnitudes.midpoint[i], scale);
+  VI c[kVectors];
+  for (int i = 0; i < kVectors; i++) {
+    VI magnitude = {};
+    for (float t : thresholds) magnitude -= abs(x[i]) > set1(t);
+    const VI sign = (VI)x[i] >> 31, code = (magnitude ^ sign) - sign + kZeroCode;
+    c[i] = select(code < 0, VI{}, code);
+  }
+  pack(c, codes);
+}
+
+inline void encode_unsigned(const BlockValues& x, float scale, uint8_t* codes) {
+  float thresholds[16];
+  for (int i = 0; i < 16; i++) thresholds[i] = product_down(float(i) + .5f, scale / 16);
+  VI c[kVectors];
+  for (int i = 0; i < kVectors; i++) {
+    VI code = {};
+    for (int t = 1; t < 16; t++) code -= x[i] > set1(thresholds[t]);
+    c[i] = code;
+  }
+  pack(c, codes);
+}
+
+#endif
+
+// ---- the scales of a block ----
+TILEWISE_INLINE VF absmax(VF a, VF b) {
+#if defined(__AVX512F__)
+  return (VF)_mm512_range_ps((__m512)a, (__m512)b, 0xb);
+#else
+  return max(a, abs(b));
+#endif
+}
+TILEWISE_INLINE float signed_scale(const BlockValues& x) {
+  VF top = set1(0);
+#pragma GCC unroll 16
+  for (int i = 0; i < kVectors; i++) top = absmax(top, x[i]);
+  return max_of(reduce_max(top), kMinSignedScale);
+}
+
+// Of values that are >= 0 or NaN: the order of their bits as unsigned integers is that of the floats, with infinity and
+// NaN above all others. So a result from kInfinityBits on says that something is not finite.
+constexpr uint32_t kInfinityBits = 0x7f800000;
+TILEWISE_INLINE uint32_t max_bits(const BlockValues& x) {
+#if defined(__AVX512F__)
+  __m512i top = (__m512i)x[0];
+#pragma GCC unroll 8
+  for (int i = 1; i < kVectors; i++) top = _mm512_max_epu32(top, (__m512i)x[i]);
+  return _mm512_reduce_max_epu32(top);
+#else
+  VU top = (VU)x[0];
+  for (int i = 1; i < kVectors; i++) {
+    const VU bits = (VU)x[i];
+    top = bits > top ? bits : top;
+  }
+  uint32_t result = top[0];
+  for (int lane = 1; lane < W; lane++) result = max_of<uint32_t>(result, top[lane]);
+  return result;
+#endif
+}
+TILEWISE_INLINE float unsigned_scale(uint32_t finite_max_bits) {
+  return max_of(bits_to_float(finite_max_bits), kMinUnsignedScale);
+}
+
+}  // namespace
+}  // namespace tilewise

@@ -1,0 +1,186 @@
+// 4-bit codes on the GPU (layout and code books: params.h). Four lanes, a quad, hold a block of 128 elements, 32 each,
+// in chunks of Run consecutive ones:
+//   Run 4: a lane holds all the elements of its four words, in eight chunks.
+//   Run 8: for 16-bit data, where 16 bytes are eight elements. A lane holds the low (or its neighbour the high) nibbles
+//          of eight words, in four chunks; before the store the two exchange halves.
+// Either way a lane stores words 4 part .. 4 part + 3, and every access to codes or data is 16 bytes.
+#pragma once
+#include "optim/params.h"
+#include "simt/simt.h"
+
+namespace tilewise::optim {
+
+using namespace simt;
+
+constexpr int kLaneElements = 32;
+constexpr int kQuad = kBlock / kLaneElements;
+
+template <int Run>
+struct Quad {
+  static constexpr int kChunks = kLaneElements / Run;
+  int part;  // 0..3, this lane's place
+
+  // The first element of chunk c within the block, and where its codes stand in their words.
+  SIMT_DEVICE int element(int c) const {
+    return Run == 4 ? 16 * c + 4 * part : 64 * (part & 1) + 16 * c + 8 * (part >> 1);
+  }
+  SIMT_DEVICE int shift(int c) const { return Run == 4 ? 8 * (c & 3) + 4 * (c >> 2) : 8 * c + 4 * (part & 1); }
+
+  SIMT_DEVICE void load_codes(uint32_t (&words)[Run], const uint8_t* codes) const {
+    const uint8_t* mine = codes + (Run == 4 ? 16 * part : 32 * (part >> 1));
+#pragma unroll
+    for (int i = 0; i < Run; i += 4) {
+      const uint4 v = load16(mine + 4 * i);
+      words[i] = v.x, words[i + 1] = v.y, words[i + 2] = v.z, words[i + 3] = v.w;
+    }
+  }
+
+  // All lanes of the warp take part; only those with `valid` store.
+  SIMT_DEVICE void store_codes(const uint32_t (&words)[Run], uint8_t* codes, bool valid) const {
+    uint32_t out[4];
+    const bool high = part & 1;
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      out[i] = words[i];
+      if constexpr (Run == 8) {
+        const uint32_t kept = high ? words[4 + i] : words[i], given = high ? words[i] : words[4 + i];
+        out[i] = kept | shfl_xor(given, 1);
+      }
+    }
+    if (valid) store16(codes + 16 * part, make_uint4(out[0], out[1], out[2], out[3]));
+  }
+};
+
+// The largest float <= a * b, for positive a and b: then x > a * b in the reals exactly when x > product_down(a, b).
+// The fused remainder rounds once, so its sign is exact.
+SIMT_DEVICE float product_down(float a, float b) {
+  const float product = a * b;
+  return fmaf(a, b, -product) < 0 ? bits_f32(f32_bits(product) - 1) : product;
+}
+
+// Codes of first moments at one scale.
+struct SignedCodec {
+  float thresholds[8];
+
+  SIMT_DEVICE explicit SignedCodec(float scale) {
+    constexpr Magnitudes book = kMagnitudes;
+#pragma unroll
+    for (int i = 0; i < 8; i++) thresholds[i] = product_down(book.midpoint[i], scale);
+  }
+  // Nearest, a tie to the smaller magnitude: three steps of bisection over seven thresholds, then the eighth, which
+  // negative values lack.
+  SIMT_DEVICE uint32_t encode(float x) const {
+    const float a = fabsf(x);
+    const bool four = a > thresholds[3];
+    const bool two = a > (four ? thresholds[5] : thresholds[1]);
+    const float last = four ? (two ? thresholds[6] : thresholds[4]) : (two ? thresholds[2] : thresholds[0]);
+    const int magnitude = 4 * four + 2 * two + (a > last);
+    return x < 0 ? kZeroCode - magnitude : kZeroCode + magnitude + (a > thresholds[7]);
+  }
+};
+
+// Codes of second moments at one scale.
+struct UnsignedCodec {
+  float step, inverse;
+
+  SIMT_DEVICE explicit UnsignedCodec(float scale) : step(scale / 16), inverse(15.99999f / scale) {}
+  // The bin b = floor(16 x / scale) holds the one midpoint (b + .5) * scale / 16, between codes b - 1 and b; near a
+  // bin's edge either bin gives the same code. Adding 1.5 * 2^23 leaves the rounded integer in the low bits.
+  SIMT_DEVICE uint32_t encode(float x) const {
+    const float rounded = fmaf(x, inverse, -.5f) + 12582912.f;
+    const int bin = static_cast<int>(f32_bits(rounded) - 0x4b400000u);
+    const int code = bin - 1 + (fmaf(-(rounded - 12582912.f + .5f), step, x) > 0);
+    return code < 0 ? 0 : code;
+  }
+};
+
+// The values of the signed codes, for look-ups in shared memory: 16 floats in 16 banks, so never a conflict.
+SIMT_DEVICE float signed_value(int code) {
+  constexpr Magnitudes book = kMagnitudes;
+  float value = 0;
+#pragma unroll
+  for (int i = 1; i < 9; i++) {
+    if (code == kZeroCode + i) value = book.value[i];
+    if (code == kZeroCode - i) value = -book.value[i];
+  }
+  return value;
+}
+
+SIMT_DEVICE float signed_scale(float absmax) {
+  return fmaxf(warp_max(absmax, kQuad), kMinSignedScale);
+}
+SIMT_DEVICE float unsigned_scale(float max) {
+  return fmaxf(warp_max(max, kQuad), kMinUnsignedScale);
+}
+
+// ---- Run elements of T, in one access where that is aligned and inside the n elements; missing ones read as zero ----
+template <class T>
+SIMT_DEVICE float widen(T v) {
+  if constexpr (is_same_v<T, float>)
+    return v;
+  else
+    return to_f32(v);
+}
+template <class T>
+SIMT_DEVICE T narrow(float v) {
+  if constexpr (is_same_v<T, float>)
+    return v;
+  else
+    return from_f32<T>(v);
+}
+
+template <class T, int Run>
+SIMT_DEVICE void unpack_run(float (&x)[Run], const uint32_t (&words)[Run * sizeof(T) / 4]) {
+#pragma unroll
+  for (int i = 0; i < Run; i++) {
+    if constexpr (is_same_v<T, float>)
+      x[i] = bits_f32(words[i]);
+    else
+      x[i] = to_f32(T{static_cast<uint16_t>(words[i / 2] >> 16 * (i & 1))});
+  }
+}
+
+template <class T, int Run>
+SIMT_DEVICE void load_run(float (&x)[Run], const T* data, int64_t at, int64_t n, bool aligned) {
+  constexpr int kBytes = Run * sizeof(T);
+  static_assert(kBytes == 8 || kBytes == 16, "one access");
+  if (aligned && at + Run <= n) {
+    uint32_t words[kBytes / 4];
+    if constexpr (kBytes == 16) {
+      const uint4 v = load16_stream(data + at);
+      words[0] = v.x, words[1] = v.y, words[2] = v.z, words[3] = v.w;
+    } else {
+      const uint2 v = load8(data + at);
+      words[0] = v.x, words[1] = v.y;
+    }
+    unpack_run<T>(x, words);
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < Run; i++) x[i] = at + i < n ? widen(data[at + i]) : 0;
+}
+
+template <class T, int Run>
+SIMT_DEVICE void store_run(const float (&x)[Run], T* data, int64_t at, int64_t n, bool aligned) {
+  constexpr int kBytes = Run * sizeof(T);
+  if (aligned && at + Run <= n) {
+    uint32_t words[kBytes / 4];
+#pragma unroll
+    for (int i = 0; i < kBytes / 4; i++) {
+      if constexpr (is_same_v<T, float>)
+        words[i] = f32_bits(x[i]);
+      else
+        words[i] = pack2<T>(x[2 * i], x[2 * i + 1]);
+    }
+    if constexpr (kBytes == 16)
+      store16_stream(data + at, make_uint4(words[0], words[1], words[2], words[3]));
+    else
+      store8(data + at, make_uint2(words[0], words[1]));
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < Run; i++)
+    if (at + i < n) data[at + i] = narrow<T>(x[i]);
+}
+
+}  // namespace tilewise::optim

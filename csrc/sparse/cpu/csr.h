@@ -1,0 +1,219 @@
+// CSR products, tile by tile: a tile of x stays in the first-level cache while every row of a row block passes over it.
+// Within a tile the plan orders the rows by their number of entries, so the inner loop's trip count repeats and is
+// predicted; empty rows are left out.
+#pragma once
+#include "sparse/cpu/nm_forward.h"
+
+namespace tilewise {
+namespace {
+
+struct CsrRecord {
+  int32_t row, first, count, position;  // `position`: the sum of the counts before
+};
+
+// The entries in the order of the plan: f32 values, and offsets of their lines within the tile.
+struct CsrEntries {
+  float* values;      // [nnz + W]
+  uint32_t* offsets;  // [nnz + W]
+};
+
+struct CsrTiles {
+  const CsrRecord* records;
+  const int32_t* tile_ptr;
+  int64_t tile, across, blocks;  // columns per tile, tiles per row block, row blocks
+
+  CsrTiles(const CsrTiling& t, int64_t out, int64_t in)
+      : records(reinterpret_cast<const CsrRecord*>(t.records)),
+        tile_ptr(t.tile_ptr),
+        tile(t.tile),
+        across(ceil_div(in, t.tile)),
+        blocks(ceil_div(out, kCsrRowBlock)) {}
+};
+
+// Runs body(tile index, record) over all records, in parallel over row blocks; returns false if a body does.
+template <class F>
+inline bool for_each_record(const Runtime& rt, const CsrTiles& tiles, const F& body) {
+  bool ok = true;
+  parallel_for(rt, tiles.blocks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin * tiles.across; i < end * tiles.across; i++)
+      for (int32_t r = tiles.tile_ptr[i]; r < tiles.tile_ptr[i + 1]; r++)
+        if (!body(i % tiles.across, tiles.records[r])) __atomic_store_n(&ok, false, __ATOMIC_RELAXED);
+  });
+  return ok;
+}
+
+// Offsets of a record's lines; false if an entry lies outside the tile.
+TILEWISE_INLINE bool tile_offsets(uint32_t* offsets, const int32_t* col, int64_t count, int64_t k0, int64_t tile,
+                                  int64_t width) {
+  uint32_t largest = 0;
+  for (int64_t e = 0; e < count; e++) {
+    const uint32_t within = uint32_t(col[e] - int32_t(k0));
+    largest = max_of(largest, within);
+    offsets[e] = within * uint32_t(width);
+  }
+  return int64_t(largest) < tile;
+}
+
+template <class T>
+inline bool order_entries(const CsrForwardParams& p, const Runtime& rt, const CsrTiles& tiles, const CsrEntries& to,
+                          int64_t width) {
+  const T* values = static_cast<const T*>(p.values);
+  return for_each_record(rt, tiles, [&](int64_t column_tile, const CsrRecord& r) {
+    float* out = to.values + r.position;
+    for (int32_t e = 0; e < r.count; e++) out[e] = to_float(values[p.order ? p.order[r.first + e] : r.first + e]);
+    return tile_offsets(to.offsets + r.position, p.col + r.first, r.count, column_tile * tiles.tile, tiles.tile, width);
+  });
+}
+
+// sums [row block, panel] = one row block of W times one panel of V vectors.
+template <int V>
+inline void csr_panel(const CsrTiles& tiles, const CsrEntries& entries, const float* panel, float* sums,
+                      int64_t block) {
+  constexpr int64_t kWidth = V * W;
+  for (int64_t i = 0; i < kCsrRowBlock * V; i++) store(sums + i * W, VF{});
+  for (int64_t t = 0; t < tiles.across; t++) {
+    const int32_t* ptr = tiles.tile_ptr + block * tiles.across + t;
+    const float* lines = panel + t * tiles.tile * kWidth;
+    for (int32_t i = ptr[0]; i < ptr[1]; i++) {
+      const CsrRecord& r = tiles.records[i];
+      float* sum = sums + (r.row - block * kCsrRowBlock) * kWidth;
+      VF acc[V];
+#pragma GCC unroll 8
+      for (int j = 0; j < V; j++) acc[j] = load(sum + j * W);
+      add_lines<V>(acc, entries.values + r.position, entries.offsets + r.position, r.count, lines);
+#pragma GCC unroll 8
+      for (int j = 0; j < V; j++) store(sum + j * W, acc[j]);
+    }
+  }
+}
+
+template <class T, int V>
+const char* csr_many_rows(const CsrForwardParams& p, const Runtime& rt) {
+  constexpr int64_t kWidth = V * W;
+  const CsrTiles tiles(p.tiling, p.out, p.in);
+  const Panels panels(p.rows, kWidth, p.in);
+  float* packed = scratch<float>(rt, 0, panels.per_chunk * p.in * kWidth);
+  const CsrEntries entries = {scratch<float>(rt, 1, p.nnz + W), scratch<uint32_t>(rt, 2, p.nnz + W)};
+  if (!packed || !entries.values || !entries.offsets) return kOutOfMemory;
+  if (!order_entries<T>(p, rt, tiles, entries, kWidth)) return kForeignPlan;
+  bool exhausted = false;
+  for (int64_t first = 0; first < p.rows; first += panels.per_chunk * kWidth) {
+    pack_panels(rt, panels, packed, static_cast<const T*>(p.x), p.x_stride, p.in, first);
+    parallel_for(rt, panels.in_chunk(first) * tiles.blocks, 1, [&](int64_t begin, int64_t end) {
+      float* sums = scratch<float>(rt, 3, kCsrRowBlock * kWidth);
+      if (!sums) __atomic_store_n(&exhausted, true, __ATOMIC_RELAXED);
+      for (int64_t i = begin; sums && i < end; i++) {
+        const int64_t panel = i / tiles.blocks, block = i % tiles.blocks, o = block * kCsrRowBlock;
+        const int64_t row = first + panel * kWidth;
+        csr_panel<V>(tiles, entries, packed + panel * p.in * kWidth, sums, block);
+        unpack_panel(static_cast<T*>(p.y) + row * p.out + o, p.out, sums, kWidth, panels.valid(row),
+                     min_of<int64_t>(kCsrRowBlock, p.out - o), p.bias ? static_cast<const T*>(p.bias) + o : nullptr);
+      }
+    });
+  }
+  return exhausted ? kOutOfMemory : nullptr;
+}
+
+// ---- few rows: a dot product per output, x gathered by column ----
+TILEWISE_INLINE VF gather(const float* p, VI at) {
+#if defined(__AVX512F__)
+  return (VF)_mm512_i32gather_ps((__m512i)at, p, 4);
+#elif defined(__AVX2__)
+  return (VF)_mm256_i32gather_ps(p, (__m256i)at, 4);
+#else
+  VF r;
+  for (int i = 0; i < W; i++) r[i] = p[at[i]];
+  return r;
+#endif
+}
+
+template <class T, int R>
+inline void csr_dots(const CsrForwardParams& p, const float* x, int64_t begin, int64_t end) {
+  const T* values = static_cast<const T*>(p.values);
+  for (int64_t o = begin; o < end; o++) {
+    VF acc[R] = {};
+    int32_t e = p.crow[o];
+    const int32_t stop = p.crow[o + 1];
+    for (; !p.order && e + W <= stop; e += W) {
+      const VF v = load(values + e);
+      const VI at = load(p.col + e);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; r++) acc[r] += v * gather(x + r * p.in, at);
+    }
+    float y[R];
+    for (int r = 0; r < R; r++) y[r] = reduce_add(acc[r]);
+    for (; e < stop; e++) {
+      const float v = to_float(values[p.order ? p.order[e] : e]);
+      for (int r = 0; r < R; r++) y[r] += v * x[r * p.in + p.col[e]];
+    }
+    const float bias = p.bias ? to_float(static_cast<const T*>(p.bias)[o]) : 0.f;
+    for (int r = 0; r < R && r < p.rows; r++) static_cast<T*>(p.y)[r * p.out + o] = from_float<T>(y[r] + bias);
+  }
+}
+
+template <class T>
+const char* csr_few_rows(const CsrForwardParams& p, const Runtime& rt) {
+  float* x = scratch<float>(rt, 0, kFewRows * p.in + W);
+  if (!x) return kOutOfMemory;
+  for (int64_t r = 0; r < kFewRows; r++)
+    for (int64_t k = 0; k < p.in; k++)
+      x[r * p.in + k] = r < p.rows ? to_float(static_cast<const T*>(p.x)[r * p.x_stride + k]) : 0.f;
+  const int64_t grain = max_of<int64_t>(1, 16384 * p.out / max_of<int64_t>(p.nnz, 1));
+  parallel_for(rt, p.out, grain, [&](int64_t begin, int64_t end) {
+    if (p.rows > 4) return csr_dots<T, 8>(p, x, begin, end);
+    if (p.rows > 2) return csr_dots<T, 4>(p, x, begin, end);
+    if (p.rows > 1) return csr_dots<T, 2>(p, x, begin, end);
+    csr_dots<T, 1>(p, x, begin, end);
+  });
+  return nullptr;
+}
+
+const char* csr_forward(const CsrForwardParams& p, const Runtime& rt) {
+  return with_type(p.type, [&](auto t) {
+    using T = decltype(t);
+    if (p.rows <= kFewRows) return csr_few_rows<T>(p, rt);
+    return p.tiling.tile <= 64 ? csr_many_rows<T, 8>(p, rt) : csr_many_rows<T, 4>(p, rt);
+  });
+}
+
+// ---- dvalues ----
+constexpr int64_t kCsrDotRows = 8 * W;
+
+template <class T>
+const char* csr_grad_values(const CsrGradValuesParams& p, const Runtime& rt) {
+  const CsrTiles tiles(p.tiling, p.out, p.in);
+  const int64_t width = min_of(kCsrDotRows, round_up(p.rows, W));
+  float* dy = scratch<float>(rt, 0, p.out * width);
+  float* x = scratch<float>(rt, 1, p.in * width);
+  float* sums = sizeof(T) == 4 ? static_cast<float*>(p.dvalues) : scratch<float>(rt, 2, p.nnz);
+  if (!dy || !x || !sums) return kOutOfMemory;
+  bool ok = true;
+  if (p.rows == 0) __builtin_memset(sums, 0, size_t(p.nnz) * 4);
+  for (int64_t first = 0; ok && first < p.rows; first += width) {
+    const int64_t rows = min_of(width, p.rows - first), vectors = ceil_div(rows, W);
+    const Panels panel(rows, width, 0);
+    pack_panels(rt, panel, dy, static_cast<const T*>(p.dy) + first * p.dy_stride, p.dy_stride, p.out, 0);
+    pack_panels(rt, panel, x, static_cast<const T*>(p.x) + first * p.x_stride, p.x_stride, p.in, 0);
+    ok = for_each_record(rt, tiles, [&](int64_t t, const CsrRecord& r) {
+      for (int32_t e = 0; e < r.count; e += kDots) {
+        const int64_t n = min_of<int64_t>(kDots, r.count - e);
+        uint32_t offsets[kDots] = {};
+        if (!tile_offsets(offsets, p.col + r.first + e, n, t * tiles.tile, tiles.tile, width)) return false;
+        float* sum = sums + r.first + e;
+        const VF dots = dot_lines(dy + r.row * width, vectors, offsets, x + t * tiles.tile * width);
+        store(sum, first ? dots + load(sum, n) : dots, n);
+      }
+      return true;
+    });
+  }
+  if constexpr (sizeof(T) != 4)
+    for (int64_t i = 0; i < p.nnz; i += W) store(static_cast<T*>(p.dvalues) + i, load(sums + i, p.nnz - i), p.nnz - i);
+  return ok ? nullptr : kForeignPlan;
+}
+
+const char* csr_grad_values(const CsrGradValuesParams& p, const Runtime& rt) {
+  return with_type(p.type, [&](auto t) { return csr_grad_values<decltype(t)>(p, rt); });
+}
+
+}  // namespace
+}  // namespace tilewise

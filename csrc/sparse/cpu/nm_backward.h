@@ -1,0 +1,212 @@
+// 2:4 backward: dx = dy W, and dvalues, the kept positions of dy^T x.
+#pragma once
+#include "sparse/cpu/nm_forward.h"
+
+namespace tilewise {
+namespace {
+
+// ---- dx ----
+// dx^T [in, rows] = W^T dy^T. The four inputs of a group stand in registers as accumulators, and the outputs are
+// visited pattern by pattern: within a pattern the two accumulators that a weight row adds to are fixed, so a line of
+// dy^T is loaded once for its two products, and both FMA ports stay busy.
+constexpr int kGroupVectors = W == 16 ? 4 : 2;
+constexpr int64_t kGroupWidth = kGroupVectors * W;
+constexpr int64_t kOutBlock = 128;  // outputs per pass: their lines of dy^T take 32 KB
+constexpr int kPatterns = 6;
+
+struct PatternWeight {
+  float first, second;
+};
+
+// One group of inputs over one block of outputs, sorted by pattern.
+struct GroupPlan {
+  PatternWeight weights[kOutBlock];
+  uint32_t lines[kOutBlock];  // offset of the output's line in the panel
+  int32_t ends[kPatterns];
+};
+
+// The pairs 01 02 03 12 13 23 by their nibble; the host lets no other pass.
+constexpr uint8_t kPatternOf[16] = {0, 0, 0, 0, 0, 0, 0, 0, 1, 3, 0, 0, 2, 4, 5, 0};
+
+template <class T>
+inline void sort_groups(const NmGradInputParams& p, GroupPlan* plans, int64_t o0, int64_t g0, int64_t g1) {
+  const int64_t outputs = min_of(kOutBlock, p.out - o0), row_bytes = ceil_div(p.in, 8);
+  for (int64_t g = g0; g < g1; g++) {
+    GroupPlan& plan = plans[g];
+    const uint8_t* indices = p.indices + o0 * row_bytes + g / 2;
+    const T* values = static_cast<const T*>(p.values) + o0 * (p.in / 2) + 2 * g;
+    const int shift = g % 2 * 4;
+    uint8_t pattern[kOutBlock];
+    int32_t next[kPatterns] = {};
+    for (int64_t o = 0; o < outputs; o++) {
+      pattern[o] = kPatternOf[indices[o * row_bytes] >> shift & 15];
+      next[pattern[o]]++;
+    }
+    int32_t end = 0;
+    for (int i = 0; i < kPatterns; i++) {
+      const int32_t begin = end;
+      plan.ends[i] = end += next[i];
+      next[i] = begin;
+    }
+    for (int64_t o = 0; o < outputs; o++) {
+      const int32_t at = next[pattern[o]]++;
+      const T* v = values + o * (p.in / 2);
+      plan.weights[at] = {to_float(v[0]), to_float(v[1])};
+      plan.lines[at] = uint32_t(o * kGroupWidth);
+    }
+  }
+}
+
+template <int First, int Second>
+TILEWISE_INLINE void add_pattern(VF (&acc)[4][kGroupVectors], const GroupPlan& plan, int begin, int end,
+                                 const float* lines) {
+  for (int i = begin; i < end; i++) {
+    const VF first = set1(plan.weights[i].first), second = set1(plan.weights[i].second);
+    const float* line = lines + plan.lines[i];
+#pragma GCC unroll 4
+    for (int j = 0; j < kGroupVectors; j++) {
+      const VF d = load(line + j * W);
+      acc[First][j] += first * d;
+      acc[Second][j] += second * d;
+    }
+  }
+}
+
+// dx [4, width] of one group += one block of outputs.
+inline void add_group(float* dx, const GroupPlan& plan, const float* lines, bool fresh) {
+  VF acc[4][kGroupVectors];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; i++)
+#pragma GCC unroll 4
+    for (int j = 0; j < kGroupVectors; j++) acc[i][j] = fresh ? VF{} : load(dx + i * kGroupWidth + j * W);
+  add_pattern<0, 1>(acc, plan, 0, plan.ends[0], lines);
+  add_pattern<0, 2>(acc, plan, plan.ends[0], plan.ends[1], lines);
+  add_pattern<0, 3>(acc, plan, plan.ends[1], plan.ends[2], lines);
+  add_pattern<1, 2>(acc, plan, plan.ends[2], plan.ends[3], lines);
+  add_pattern<1, 3>(acc, plan, plan.ends[3], plan.ends[4], lines);
+  add_pattern<2, 3>(acc, plan, plan.ends[4], plan.ends[5], lines);
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; i++)
+#pragma GCC unroll 4
+    for (int j = 0; j < kGroupVectors; j++) store(dx + i * kGroupWidth + j * W, acc[i][j]);
+}
+
+template <class T>
+const char* nm_grad_input(const NmGradInputParams& p, const Runtime& rt) {
+  const Panels panels(p.rows, kGroupWidth, max_of(p.in, p.out));
+  const int64_t groups = p.in / 4, chunk = panels.per_chunk;
+  float* dy = scratch<float>(rt, 0, chunk * p.out * kGroupWidth);  // [panel, out, width]
+  float* dx = scratch<float>(rt, 1, chunk * p.in * kGroupWidth);   // [panel, in, width]
+  GroupPlan* plans = scratch<GroupPlan>(rt, 2, groups);
+  if (!dy || !dx || !plans) return kOutOfMemory;
+  constexpr int64_t kSlice = 32;  // groups per task
+  const int64_t slices = ceil_div(groups, kSlice);
+  for (int64_t first = 0; first < p.rows; first += chunk * kGroupWidth) {
+    pack_panels(rt, panels, dy, static_cast<const T*>(p.dy), p.dy_stride, p.out, first);
+    const int64_t count = panels.in_chunk(first);
+    for (int64_t o = 0; o < p.out; o += kOutBlock) {
+      parallel_for(rt, groups, kSlice, [&](int64_t begin, int64_t end) { sort_groups<T>(p, plans, o, begin, end); });
+      parallel_for(rt, count * slices, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; i++) {
+          const int64_t panel = i / slices, g0 = i % slices * kSlice;
+          const float* lines = dy + (panel * p.out + o) * kGroupWidth;
+          for (int64_t g = g0; g < min_of(groups, g0 + kSlice); g++)
+            add_group(dx + (panel * p.in + 4 * g) * kGroupWidth, plans[g], lines, o == 0);
+        }
+      });
+    }
+    parallel_for(rt, count, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t panel = begin; panel < end; panel++) {
+        const int64_t row = first + panel * kGroupWidth;
+        unpack_panel<T>(static_cast<T*>(p.dx) + row * p.in, p.in, dx + panel * p.in * kGroupWidth, kGroupWidth,
+                        panels.valid(row), p.in, nullptr);
+      }
+    });
+  }
+  return nullptr;
+}
+
+const char* nm_grad_input(const NmGradInputParams& p, const Runtime& rt) {
+  return with_type(p.type, [&](auto t) { return nm_grad_input<decltype(t)>(p, rt); });
+}
+
+// ---- dvalues ----
+// Each kept position is a dot product of a line of dy^T with a line of x^T over kDotRows rows: kDots of them share the
+// line of dy^T, and the lanes are summed once per kDotRows.
+constexpr int64_t kDotRows = 32 * W;
+constexpr int64_t kDotColumns = 16;  // columns of x^T whose lines stay in the first-level cache
+constexpr int64_t kDotBlock = 64;    // outputs that pass over them
+
+template <class T>
+inline void nm_dot_block(const NmGradValuesParams& p, const float* dy, const float* x, float* sums, int64_t vectors,
+                         int64_t o0, int64_t width, bool fresh) {
+  const int64_t row_bytes = ceil_div(p.in, 8), half = p.in / 2;
+  for (int64_t k = 0; k < p.in; k += kDotColumns) {
+    const int64_t kept = min_of(kDotColumns, p.in - k) / 2;
+    for (int64_t o = o0; o < min_of(p.out, o0 + kDotBlock); o++) {
+      uint32_t offsets[kDotColumns / 2 + W] = {};
+      line_offsets(offsets, p.indices + o * row_bytes + k / 8, kept, width);
+      for (int64_t e = kept; e < kDotColumns / 2; e++) offsets[e] = 0;
+      for (int64_t e = 0; e < kept; e += kDots) {
+        const int64_t n = min_of<int64_t>(kDots, kept - e);
+        float* sum = sums + o * half + k / 2 + e;
+        const VF dots = dot_lines(dy + o * width, vectors, offsets + e, x + k * width);
+        store(sum, fresh ? dots : dots + load(sum, n), n);
+      }
+    }
+  }
+}
+
+template <class T>
+const char* nm_grad_values(const NmGradValuesParams& p, const Runtime& rt) {
+  const int64_t width = min_of(kDotRows, round_up(p.rows, W)), half = p.in / 2;
+  float* dy = scratch<float>(rt, 0, p.out * width);
+  float* x = scratch<float>(rt, 1, p.in * width);
+  float* sums = sizeof(T) == 4 ? static_cast<float*>(p.dvalues) : scratch<float>(rt, 2, p.out * half);
+  if (!dy || !x || !sums) return kOutOfMemory;
+  for (int64_t first = 0; first < p.rows; first += width) {
+    const int64_t rows = min_of(width, p.rows - first), vectors = ceil_div(rows, W);
+    const Panels panel(rows, width, 0);
+    pack_panels(rt, panel, dy, static_cast<const T*>(p.dy) + first * p.dy_stride, p.dy_stride, p.out, 0);
+    pack_panels(rt, panel, x, static_cast<const T*>(p.x) + first * p.x_stride, p.x_stride, p.in, 0);
+    parallel_for(rt, ceil_div(p.out, kDotBlock), 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; i++) nm_dot_block<T>(p, dy, x, sums, vectors, i * kDotBlock, width, first == 0);
+    });
+  }
+  if constexpr (sizeof(T) != 4) {
+    parallel_for(rt, p.out * half, 16384, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; i += W) store(static_cast<T*>(p.dvalues) + i, load(sums + i, end - i), end - i);
+    });
+  }
+  return nullptr;
+}
+
+const char* nm_grad_values(const NmGradValuesParams& p, const Runtime& rt) {
+  return with_type(p.type, [&](auto t) { return nm_grad_values<decltype(t)>(p, rt); });
+}
+
+// ---- dbias ----
+template <class T>
+const char* column_sum(const ColumnSumParams& p, const Runtime& rt) {
+  parallel_for(rt, ceil_div(p.out, W), max_of<int64_t>(1, 8192 / p.rows), [&](int64_t begin, int64_t end) {
+    for (int64_t o = begin * W; o < min_of(end * W, p.out); o += W) {
+      const int64_t n = min_of<int64_t>(W, p.out - o);
+      VF total = {};
+      for (int64_t first = 0; first < p.rows; first += 32) {  // two levels: rounding grows with 32 + rows / 32
+        VF part = {};
+        for (int64_t r = first; r < min_of(p.rows, first + 32); r++)
+          part += load(static_cast<const T*>(p.dy) + r * p.dy_stride + o, n);
+        total += part;
+      }
+      store(static_cast<T*>(p.total) + o, total, n);
+    }
+  });
+  return nullptr;
+}
+
+const char* column_sum(const ColumnSumParams& p, const Runtime& rt) {
+  return with_type(p.type, [&](auto t) { return column_sum<decltype(t)>(p, rt); });
+}
+
+}  // namespace
+}  // namespace tilewise

@@ -1,0 +1,77 @@
+"""Attention beside torch's scaled_dot_product_attention: forward, and forward with backward."""
+
+import torch
+import torch.nn.functional as F
+
+import tilewise as tw
+from tilewise.bench.case import Case
+
+# name, dtype, (batch, heads, key/value heads, length, head dim), causal, the ratio promised on one CPU thread:
+# forward, forward + backward
+_CPU = [
+    ("fp32 causal 1K d64", torch.float32, (1, 8, 8, 1024, 64), True, 1.4, 1.5),
+    ("fp32 dense 1K d64", torch.float32, (1, 8, 8, 1024, 64), False, None, None),
+    ("fp32 causal 256 d64", torch.float32, (8, 4, 4, 256, 64), True, None, None),
+    ("fp32 causal 2K d128", torch.float32, (1, 4, 4, 2048, 128), True, None, None),
+    ("fp32 causal 2K d128 gqa", torch.float32, (1, 8, 2, 2048, 128), True, None, None),
+    ("bf16 causal 1K d64", torch.bfloat16, (1, 8, 8, 1024, 64), True, 2.0, None),
+    ("fp16 causal 1K d64", torch.float16, (1, 8, 8, 1024, 64), True, None, None),
+]
+_CUDA = [
+    (f"{name} {'causal' if causal else 'dense'} {length // 1024}K d{dim}", dtype, (batch, 16, 16, length, dim), causal)
+    for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16))
+    for batch, length in ((8, 2048), (2, 8192))
+    for dim in (64, 128)
+    for causal in (False, True)
+]
+
+
+def _pair(name, device, dtype, shape, causal, forward_target=None, backward_target=None):
+    batch, heads, kv_heads, length, dim = shape
+    q, dout = (torch.randn(batch, heads, length, dim, device=device, dtype=dtype) for _ in range(2))
+    k, v = (torch.randn(batch, kv_heads, length, dim, device=device, dtype=dtype) for _ in range(2))
+    leaves = [t.clone().requires_grad_() for t in (q, k, v)]
+    ours = lambda q, k, v: tw.attention(q, k, v, causal=causal)  # noqa: E731
+    theirs = lambda q, k, v: F.scaled_dot_product_attention(  # noqa: E731
+        q, k, v, is_causal=causal, enable_gqa=heads != kv_heads
+    )
+    flops = 4 * batch * heads * length * length * dim / (2 if causal else 1)
+    tensors = 2 * q.nbytes + 2 * k.nbytes  # q, out, k and v once
+    differentiate = lambda f: lambda: torch.autograd.grad(f(*leaves), leaves, dout)  # noqa: E731
+    yield Case(name, lambda: ours(q, k, v), lambda: theirs(q, k, v), flops, tensors, forward_target)
+    yield Case(f"{name} fwd+bwd", differentiate(ours), differentiate(theirs), 3.5 * flops, 4 * tensors, backward_target)
+
+
+def _varlen(device, dtype=torch.float32, heads=8, dim=64):
+    """Packed sequences of mixed lengths; torch pads them to the longest and masks the padding."""
+    lengths = [1000, 40, 300, 700, 10, 500]
+    batch, longest, total = len(lengths), max(lengths), sum(lengths)
+    cu = torch.tensor([0, *lengths], device=device).cumsum(0).int()
+    q, k, v = (torch.randn(total, heads, dim, device=device, dtype=dtype) for _ in range(3))
+    padded = [torch.zeros(batch, heads, longest, dim, device=device, dtype=dtype) for _ in range(3)]
+    for tensor, packed in zip(padded, (q, k, v), strict=True):
+        for b, rows in enumerate(packed.split(lengths)):
+            tensor[b, :, : lengths[b]] = rows.transpose(0, 1)
+    return Case(
+        "fp32 packed, mixed lengths",
+        lambda: tw.attention_varlen(q, k, v, cu, cu, max_seqlen_q=longest, max_seqlen_k=longest, causal=True),
+        lambda: F.scaled_dot_product_attention(*padded, is_causal=True),
+        flops=2 * heads * dim * sum(n * n for n in lengths),
+        bytes=4 * q.nbytes,
+    )
+
+
+def _tiny(device):
+    """The cost of a call: one query on eight keys into given memory, beside torch's out-variant of an addition."""
+    q, k = torch.randn(1, 1, 1, 64, device=device), torch.randn(1, 1, 8, 64, device=device)
+    out, lse = torch.empty_like(q), torch.empty(1, 1, 1, device=device)
+    write = torch.ops.tilewise.attention_out.default
+    return Case(
+        "one query, out variant / add(out=)", lambda: write(q, k, k, out, lse), lambda: torch.add(q, q, out=out)
+    )
+
+
+def cases(device: torch.device) -> list[Case]:
+    rows = _CPU if device.type == "cpu" else _CUDA
+    pairs = [case for name, *row in rows for case in _pair(name, device, *row)]
+    return [*pairs, _varlen(device), _tiny(device)]
