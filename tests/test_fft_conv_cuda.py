@@ -1,7 +1,8 @@
 """The CUDA kernels of the long convolution against float64: emulated, and on a GPU where there is one.
 
 16-bit rows are transformed in fp16 on tensor cores, so they are judged by relative L2 error, as plain torch (fp32
-transforms) is no yardstick: 2e-3 for fp16; for bf16, whose output alone rounds to 1.7e-3, 4e-3; gradients 1.5 times that.
+transforms) is no yardstick: 2e-3 for fp16; for bf16, whose output alone rounds to 1.7e-3, 4e-3; gradients 1.5 times as
+much.
 """
 
 import pytest

@@ -9,9 +9,12 @@ namespace {
 // The smallest of three capacities that holds n points. All capacities of a kernel have the same parameters.
 template <template <int> class K, bool Built, class... Args>
 const char* launch_sized(int n, dim3 grid, void* stream, const Args&... args) {
-  if (n <= 1024) return launch_if_built < K<1024>, Built && kEverySize > (grid, {args...}, stream);
+  using Small = K<1024>;
+  using Large = K<16384>;
+  constexpr bool kOthers = Built && kEverySize;
+  if (n <= 1024 && kOthers) return launch_if_built<Small, kOthers>(grid, {args...}, stream);
   if (n <= 4096) return launch_if_built<K<4096>, Built>(grid, {args...}, stream);
-  return launch_if_built < K<16384>, Built && kEverySize > (grid, {args...}, stream);
+  return launch_if_built<Large, kOthers>(grid, {args...}, stream);
 }
 
 }  // namespace

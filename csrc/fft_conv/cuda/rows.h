@@ -170,7 +170,9 @@ struct RowEnd {
 
   template <int V, int G, class At, class Value>
   SIMT_DEVICE void add_skip(const At& at, Value value) const {
-    constexpr int kBatch = V < 16 ? 16 / V : 1;  // groups at a time: few registers, yet several loads on their way
+    // Groups at a time: few registers, yet several loads on their way.
+    constexpr int kBatch = 16 / V < G ? 16 / V : G;
+    static_assert(V <= 16 && G % kBatch == 0, "whole batches");
     if (!p.skip) return;
     const float skip = p.skip[h] * in_scale * reciprocal(p.spectrum_scale[h]);
 #pragma unroll
