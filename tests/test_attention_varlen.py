@@ -5,7 +5,7 @@ import math
 import pytest
 import tilewise as tw
 import torch
-from attention_cases import DTYPES, assert_outputs_close, with_gradients
+from attention_cases import DTYPES, judge
 from harness.emulation import assert_schedules_agree
 from tilewise.reference import attention as reference
 
@@ -34,11 +34,7 @@ def check(lengths, device, dtype, causal, **shape):
     dout = torch.randn(tensors[0].shape).to(device.torch, dtype)
     kernel = lambda q, k, v: tw.attention_varlen(q, k, v, *cu, causal=causal, return_lse=True)  # noqa: E731
     plain = lambda q, k, v: reference.attention_varlen(q, k, v, *cu, causal=causal)  # noqa: E731
-    results = [
-        with_gradients(run, tensors, dout, run_dtype)
-        for run, run_dtype in ((kernel, dtype), (plain, dtype), (plain, torch.float64))
-    ]
-    assert_outputs_close(*results, dtype)
+    judge(kernel, plain, tensors, dout, dtype)
 
 
 @pytest.mark.modes
