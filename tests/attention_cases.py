@@ -69,7 +69,7 @@ def _flat(t):
 
 
 def assert_close(name, got, plain, exact, factor):
-    """Worst error at most ``factor`` times that of plain torch in the same dtype, both against float64; and relative L2.
+    """Worst and relative L2 error at most ``factor`` times those of plain torch in the same dtype, against float64.
 
     A floor stands under torch's error, which on few elements can be small by chance or exactly zero: one rounding of a
     16-bit result, or the chain of roundings behind a float32 one; and in gradients what float32 leaves when dP and

@@ -97,7 +97,7 @@ def test_given_lengths(device):
 @pytest.mark.parametrize("bad", [[0, 9, 7, 21], [0, 9, 12, 22], [-1, 9, 12, 21], [0, 9, -5, 21]], ids=str)
 @pytest.mark.parametrize("side", ["q", "k"])
 def test_bad_offsets(device, side, bad):
-    """On CPU an error before anything is read; elsewhere nothing outside the tensors is touched, and the next call raises."""
+    """On CPU an error before anything is read; elsewhere such a sequence is empty, and the next call raises."""
     (q, k, v), cu = pack(([9, 3, 9], [9, 3, 9]), device)
     wrong = torch.tensor(bad, dtype=torch.int32, device=device.torch)
     cu = (wrong, cu[1]) if side == "q" else (cu[0], wrong)

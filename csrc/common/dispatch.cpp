@@ -56,7 +56,7 @@ constexpr const char* kFaultTexts[kFaultCount] = {
     "a tree parent that does not precede its node, expected parent[0] = -1 and 0 <= parent[i] < i",
     "n_nodes outside the tree, expected 1 <= n_nodes <= N",
     "a path or accept_len outside the tree, expected 0 <= path[i] < N and accept_len < path length",
-    "a sparse index outside the matrix, expected 0 <= column < columns and rising row offsets",
+    "a sparse index that its matrix does not allow, expected two rising positions in every four inputs (2:4)",
 };
 
 uint32_t* fault_word(Device device) {

@@ -5,6 +5,7 @@
 
 #include "common/check.h"
 #include "common/dispatch.h"
+#include "common/pages.h"
 #include "fft_conv/params.h"
 #include "fft_conv/plan.h"
 
@@ -117,7 +118,7 @@ void check_gradients(const Check& check, const FftConvInputs& in, const Tensor& 
       {out.du, "du"}, {out.dk, "dk"}, {out.dpregate, "dpregate"}, {out.dpostgate, "dpostgate"}, {out.dskip, "dskip"}};
   for (const NamedOutput& o : outputs) {
     if (!o.tensor) continue;
-    check.output(*o.tensor, o.name);
+    if (o.tensor->numel()) check.output(*o.tensor, o.name);
     check_apart(check, *o.tensor, o.name, in);
     check.no_overlap(*o.tensor, o.name, dy, "dy");
     for (const NamedOutput& other : outputs)
@@ -193,6 +194,11 @@ void* check_workspace(const Check& check, const FftConvInputs& in, int64_t bytes
   return reinterpret_cast<void*>((address + kWorkspaceAlignment - 1) / kWorkspaceAlignment * kWorkspaceAlignment);
 }
 
+void expect_writes(const Tensor* t) {
+  if (t && t->device.type == DeviceType::cpu && t->contiguous())
+    advise_huge_pages(t->data, t->numel() * item_size(t->dtype));
+}
+
 void fill_zero(const Tensor* t) {
   if (t && t->numel()) std::memset(t->data, 0, t->numel() * item_size(t->dtype));
 }
@@ -219,12 +225,13 @@ void fft_conv_forward(const FftConvInputs& in, const Tensor& y, void* stream) {
   const Check check("fft_conv");
   check_inputs(check, in);
   check_like_u(check, &y, "y", in.u);
-  check.output(y, "y");
+  if (y.numel()) check.output(y, "y");
   check_apart(check, y, "y", in);
   if (in.u.numel() == 0) return;
   ForwardParams params = forward_params(in, &y);
   check_served(check, params, in.u.device);
   params.workspace = check_workspace(check, in, workspace_bytes(in.u, &Kernels::forward_workspace, params));
+  expect_writes(&y);
   run_kernel("fft_conv", kKernels, in.u.device, &Kernels::forward, params, stream);
 }
 
@@ -242,6 +249,7 @@ void fft_conv_backward(const FftConvInputs& in, const Tensor& dy, const FftConvG
   BackwardParams params = backward_params(in, &dy, out);
   check_served(check, params.forward, in.u.device);
   params.forward.workspace = check_workspace(check, in, workspace_bytes(in.u, &Kernels::backward_workspace, params));
+  for (const Tensor* t : {out.du, out.dk, out.dpregate, out.dpostgate}) expect_writes(t);
   run_kernel("fft_conv_backward", kKernels, in.u.device, &Kernels::backward, params, stream);
 }
 

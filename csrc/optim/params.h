@@ -54,8 +54,8 @@ struct AdamWTensor {
 struct AdamWParams {
   const AdamWTensor* tensors;  // [count], in host memory
   int64_t count;
-  int64_t blocks;       // of all tensors
-  float beta1, beta2;   //
+  int64_t blocks;  // of all tensors
+  float beta1, beta2;
   float grad_weight;    // 1 - beta1, negated to maximise
   float square_weight;  // 1 - beta2
   float decay;          // 1 - lr * weight_decay

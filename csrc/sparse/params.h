@@ -7,6 +7,7 @@ namespace tilewise::sparse {
 enum class Type : int { f32, bf16, f16 };
 
 constexpr int kCsrRowBlock = 128;
+constexpr int64_t kFewCsrRows = 8;  // up to here the plan is not used
 inline constexpr const char* kForeignPlan = "the plan does not belong to this matrix";
 
 struct NmForwardParams {

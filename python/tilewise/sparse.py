@@ -14,27 +14,31 @@ from tilewise._library import check_tensors, register, register_autograd
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-# ---- operators ----
+# ---- operators; outputs of malformed inputs are sized 0 where there is no size, and the core says what is wrong ----
+def _size(t: torch.Tensor, dim: int) -> int:
+    return t.shape[dim] if dim < t.ndim else 0
+
+
 def _nm_linear(x, values, indices, bias):
-    y = x.new_empty(x.shape[0], values.shape[0])
+    y = x.new_empty(_size(x, 0), _size(values, 0))
     _C.nm_linear(x, values, indices, bias, y)
     return y
 
 
 def _nm_linear_dx(dy, values, indices):
-    dx = dy.new_empty(dy.shape[0], 2 * values.shape[1])
+    dx = dy.new_empty(_size(dy, 0), 2 * _size(values, 1))
     _C.nm_linear_dx(dy, values, indices, dx)
     return dx
 
 
 def _nm_linear_dvalues(dy, x, indices):
-    dvalues = dy.new_empty(dy.shape[1], x.shape[1] // 2)
+    dvalues = dy.new_empty(_size(dy, 1), _size(x, 1) // 2)
     _C.nm_linear_dvalues(dy, x, indices, dvalues)
     return dvalues
 
 
 def _column_sum(dy):
-    total = dy.new_empty(dy.shape[1])
+    total = dy.new_empty(_size(dy, 1))
     _C.column_sum(dy, total)
     return total
 
@@ -42,19 +46,19 @@ def _column_sum(dy):
 _nm_linear_op = register(
     "nm_linear(Tensor x, Tensor values, Tensor indices, Tensor? bias) -> Tensor",
     _nm_linear,
-    fake=lambda x, values, indices, bias: x.new_empty(x.shape[0], values.shape[0]),
+    fake=lambda x, values, indices, bias: x.new_empty(_size(x, 0), _size(values, 0)),
 )
 _nm_linear_dx_op = register(
     "nm_linear_dx(Tensor dy, Tensor values, Tensor indices) -> Tensor",
     _nm_linear_dx,
-    fake=lambda dy, values, indices: dy.new_empty(dy.shape[0], 2 * values.shape[1]),
+    fake=lambda dy, values, indices: dy.new_empty(_size(dy, 0), 2 * _size(values, 1)),
 )
 _nm_linear_dvalues_op = register(
     "nm_linear_dvalues(Tensor dy, Tensor x, Tensor indices) -> Tensor",
     _nm_linear_dvalues,
-    fake=lambda dy, x, indices: dy.new_empty(dy.shape[1], x.shape[1] // 2),
+    fake=lambda dy, x, indices: dy.new_empty(_size(dy, 1), _size(x, 1) // 2),
 )
-_column_sum_op = register("column_sum(Tensor dy) -> Tensor", _column_sum, fake=lambda dy: dy.new_empty(dy.shape[1]))
+_column_sum_op = register("column_sum(Tensor dy) -> Tensor", _column_sum, fake=lambda dy: dy.new_empty(_size(dy, 1)))
 
 
 def _save_nm(ctx, inputs, output):
@@ -79,7 +83,7 @@ register_autograd("nm_linear", _nm_backward, _save_nm)
 
 
 def _csr_linear(x, values, bias, matrix, transposed, columns, tile):
-    y = x.new_empty(x.shape[0], matrix[0].shape[0] - 1)
+    y = x.new_empty(_size(x, 0), max(_size(matrix[0], 0) - 1, 0))
     order = matrix[4] if len(matrix) > 4 else None
     crow, col, tile_ptr, records = matrix[:4]
     _C.csr_linear(x, values, crow, col, columns, tile, tile_ptr, records, order, bias, y)
@@ -88,8 +92,8 @@ def _csr_linear(x, values, bias, matrix, transposed, columns, tile):
 
 def _csr_linear_dvalues(dy, x, matrix, tile):
     crow, col, tile_ptr, records = matrix
-    dvalues = dy.new_empty(col.shape[0])
-    _C.csr_linear_dvalues(dy, x, crow, col, x.shape[1], tile, tile_ptr, records, dvalues)
+    dvalues = dy.new_empty(_size(col, 0))
+    _C.csr_linear_dvalues(dy, x, crow, col, _size(x, 1), tile, tile_ptr, records, dvalues)
     return dvalues
 
 
@@ -99,12 +103,12 @@ _csr_linear_op = register(
     "csr_linear(Tensor x, Tensor values, Tensor? bias, Tensor[] matrix, Tensor[] transposed, int columns, int tile)"
     " -> Tensor",
     _csr_linear,
-    fake=lambda x, values, bias, matrix, *_: x.new_empty(x.shape[0], matrix[0].shape[0] - 1),
+    fake=lambda x, values, bias, matrix, *_: x.new_empty(_size(x, 0), max(_size(matrix[0], 0) - 1, 0)),
 )
 _csr_linear_dvalues_op = register(
     "csr_linear_dvalues(Tensor dy, Tensor x, Tensor[] matrix, int tile) -> Tensor",
     _csr_linear_dvalues,
-    fake=lambda dy, x, matrix, tile: dy.new_empty(matrix[1].shape[0]),
+    fake=lambda dy, x, matrix, tile: dy.new_empty(_size(matrix[1], 0)),
 )
 
 
@@ -310,7 +314,7 @@ class NMSparse(CompressedWeight):
         """int64 (out, in / 2): the input of every kept value."""
         groups = self.shape[1] // 4
         shifts = torch.arange(0, 8, 2, device=self.device, dtype=torch.uint8)
-        within = (self._indices.unsqueeze(-1) >> shifts & 3).reshape(self.shape[0], -1)[:, : 2 * groups].long()
+        within = (self._indices.unsqueeze(-1) >> shifts & 3).flatten(1)[:, : 2 * groups].long()
         return within + 4 * torch.arange(groups, device=self.device).repeat_interleave(2)
 
     def to_dense(self) -> torch.Tensor:

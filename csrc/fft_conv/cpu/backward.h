@@ -1,20 +1,13 @@
 // Backward. With x = pregate * u, z = x conv k + skip * x and y = postgate * z, for every row
 //   g = postgate * dy,  dx = g corr k + skip * g,  du = pregate * dx,  dpregate = u * dx,  dpostgate = dy * z,
 // and for every head, summed over the batch: dk = g corr x, dskip = sum g x.
-// Parallel over heads: the batch of a head is summed in its order, as spectra, so the result does not depend on
+// Parallel over heads: a head's batch is summed in order, as spectra, so the result does not depend on
 // threads.
 #pragma once
 #include "fft_conv/cpu/rows.h"
 
 namespace tilewise {
 namespace {
-
-struct Wants {
-  bool dx, dk, product;
-  explicit Wants(const BackwardParams& p)
-      : dx(p.du || p.dpregate), dk(p.dk != nullptr), product(p.dpostgate != nullptr) {}
-  bool x_spectrum() const { return dk || product; }
-};
 
 template <class T>
 inline Signal gradient_row(const BackwardParams& p, int64_t b, int64_t h) {
@@ -43,32 +36,35 @@ inline void finish_dpostgate(const BackwardParams& p, const Plan& plan, int64_t 
   last_pass(plan, x, d, f.causal ? Wrap::none : Wrap::convolution, f.length, planar);
 }
 
+// dk from its sum over the batch.
+inline void finish_dk(const BackwardParams& p, const Plan& plan, int64_t h, const float* sum, float* planar) {
+  const ForwardParams& f = p.forward;
+  Sink dk = sink<float>(p.dk + h * f.filter_length, nullptr, f.filter_length);
+  dk.plain = true;
+  last_pass(plan, sum, dk, f.causal ? Wrap::none : Wrap::correlation, f.length, planar);
+}
+
 template <class T>
 inline void backward_head(const BackwardParams& p, const Plan& plan, int64_t h, const Buffers& buffers) {
   const ForwardParams& f = p.forward;
-  const Wants wants(p);
-  float *g = buffers.transform[0], *k = buffers.transform[1], *x = buffers.transform[2], *sums = buffers.transform[3];
-  if (wants.dx || wants.product) {
-    first_pass(plan, filter_row(f, h), k);
-    walk(plan, FilterJob{k});
-  }
-  if (wants.dk) __builtin_memset(sums, 0, buffer_size(plan) * sizeof(float));
+  float *g = buffers.transform[0], *x = buffers.transform[1], *k = buffers.transform[2], *sum = buffers.transform[3];
+  const bool wants_dx = p.du || p.dpregate;
+  GradientJob job = {g, x, k, sum, wants_dx, p.dk != nullptr, p.dpostgate != nullptr, true, false};
   double dskip = 0;
+  if (job.needs_k()) first_pass(plan, filter_row(f, h), k);
   for (int64_t b = 0; b < f.batch; b++) {
     const Signal gradient = gradient_row<T>(p, b, h), input = input_row<T>(f, b, h);
     if (p.dskip) dskip += dot<T>(gradient, input);
-    if (wants.dx || wants.dk) first_pass(plan, gradient, g);
-    if (wants.x_spectrum()) first_pass(plan, input, x);
-    walk(plan, GradientJob{g, wants.x_spectrum() ? x : nullptr, wants.dk ? sums : nullptr, k, wants.dx, wants.product});
-    if (wants.dx) finish_dx<T>(p, plan, b, h, g, buffers.planar);
-    if (wants.product) finish_dpostgate<T>(p, plan, b, h, x, buffers.planar);
+    if (job.needs_g()) first_pass(plan, gradient, g);
+    if (job.needs_x()) first_pass(plan, input, x);
+    job.first = b == 0;
+    job.last = b == f.batch - 1;
+    walk(plan, job);
+    if (job.wants_dx) finish_dx<T>(p, plan, b, h, g, buffers.planar);
+    if (job.wants_product) finish_dpostgate<T>(p, plan, b, h, x, buffers.planar);
   }
   if (p.dskip) p.dskip[h] = float(dskip);
-  if (!wants.dk) return;
-  walk(plan, InverseJob{sums});
-  Sink dk = sink<float>(p.dk + h * f.filter_length, nullptr, f.filter_length);
-  dk.plain = true;
-  last_pass(plan, sums, dk, f.causal ? Wrap::none : Wrap::correlation, f.length, buffers.planar);
+  if (p.dk) finish_dk(p, plan, h, sum, buffers.planar);
 }
 
 template <class T>

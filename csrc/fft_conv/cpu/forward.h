@@ -1,4 +1,5 @@
-// Forward: parallel over rows in head-major order, so that a filter's spectrum serves the rows that follow.
+// Forward: parallel over rows in head-major order, so that a filter's spectrum, made with its first row, serves the
+// rest.
 #pragma once
 #include "fft_conv/cpu/rows.h"
 
@@ -18,14 +19,12 @@ inline void forward_rows(const ForwardParams& p, const Plan& plan, int64_t begin
   float *x = buffers.transform[0], *k = buffers.transform[1];
   for (int64_t row = begin; row < end;) {
     const int64_t h = row / p.batch, head_end = min_of(end, (h + 1) * p.batch);
-    const bool lone = head_end == row + 1;
     first_pass(plan, filter_row(p, h), k);
-    if (!lone) walk(plan, FilterJob{k});
-    for (; row < head_end; row++) {
+    for (bool first = true; row < head_end; row++, first = false) {
       const int64_t b = row - h * p.batch;
       first_pass(plan, input_row<T>(p, b, h), x);
-      if (lone)
-        walk(plan, LoneRowJob{{k}, {x, k}});
+      if (first)
+        walk(plan, FirstRowJob{{k}, {x, k}});
       else
         walk(plan, ConvolutionJob{x, k});
       finish_row<T>(p, plan, b, h, buffers);

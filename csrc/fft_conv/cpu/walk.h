@@ -56,8 +56,8 @@ struct ConvolutionJob {
   }
 };
 
-// Both of the above block by block: for a row that has its filter to itself.
-struct LoneRowJob {
+// Both of the above block by block: for the first row that a filter meets.
+struct FirstRowJob {
   FilterJob filter;
   ConvolutionJob row;
 
@@ -72,34 +72,50 @@ struct LoneRowJob {
   }
 };
 
-// The backward products of one row, with k's spectrum at hand; buffers of unwanted ones are null.
-//   gradient g -> g corr k        sums += G conj(X) for the gradient of k        row x -> x conv k
+// A sum of spectra / N -> time.
+struct InverseJob {
+  float* x;
+
+  void before(int, int64_t, int64_t, const float*) const {}
+  void after(int radix, int64_t at, int64_t m, const float* w) const { node_pass<true>(radix, x + at, m, w); }
+  void at_leaf(const Plan& plan, int64_t at, const float* w) const {
+    const VF unit = set1(1.f / float(plan.size));
+    leaf<false, true>(plan, w, x + at,
+                      [&](int o, Complex) TILEWISE_LAMBDA { return scale(load_complex(x + at + o), unit); });
+  }
+};
+
+// The backward products of one row of a head's batch, those that are wanted:
+//   g -> g corr k        sum of G conj(X) over the batch -> sum of g corr x        x -> x conv k
+// The first row takes the filter's transform along, the last one the inverse of the sum.
 struct GradientJob {
-  float* g;
-  float* x;     // null if only the gradient of x is wanted
-  float* sums;  // [spectrum] or null
-  const float* k;
-  bool wants_dx, wants_product;
+  float *g, *x, *k, *sum;
+  bool wants_dx, wants_dk, wants_product, first, last;
 
   void before(int radix, int64_t at, int64_t m, const float* w) const {
+    if (first && needs_k()) FilterJob{k}.before(radix, at, m, w);
     if (needs_g()) node_pass<false>(radix, g + at, m, w);
-    if (x) node_pass<false>(radix, x + at, m, w);
+    if (needs_x()) node_pass<false>(radix, x + at, m, w);
   }
   void after(int radix, int64_t at, int64_t m, const float* w) const {
     if (wants_dx) node_pass<true>(radix, g + at, m, w);
     if (wants_product) node_pass<true>(radix, x + at, m, w);
+    if (last && wants_dk) InverseJob{sum}.after(radix, at, m, w);
   }
   void at_leaf(const Plan& plan, int64_t at, const float* w) const {
-    if (x) x_leaf(plan, at, w);
+    if (first && needs_k()) FilterJob{k}.at_leaf(plan, at, w);
+    if (first && wants_dk) __builtin_memset(sum + at, 0, 2 * kLeaf * sizeof(float));
+    if (needs_x()) x_leaf(plan, at, w);
     if (needs_g()) g_leaf(plan, at, w);
-    if (wants_product)
-      leaf<false, true>(plan, w, x + at, [&](int o, Complex) TILEWISE_LAMBDA {
-        return mul(load_complex(x + at + o), load_complex(k + at + o));
-      });
+    if (wants_product) product_leaf(plan, at, w);
+    if (last && wants_dk) InverseJob{sum}.at_leaf(plan, at, w);
   }
 
+  bool needs_k() const { return wants_dx || wants_product; }
+  bool needs_g() const { return wants_dx || wants_dk; }
+  bool needs_x() const { return wants_dk || wants_product; }
+
  private:
-  bool needs_g() const { return wants_dx || sums; }
   void x_leaf(const Plan& plan, int64_t at, const float* w) const {
     leaf<true, false>(plan, w, x + at, [&](int o, Complex t) TILEWISE_LAMBDA {
       store_complex(x + at + o, t);
@@ -108,11 +124,11 @@ struct GradientJob {
   }
   void g_leaf(const Plan& plan, int64_t at, const float* w) const {
     const auto add = [&](int o, Complex t) TILEWISE_LAMBDA {
-      const Complex product = mul_conj(t, load_complex(x + at + o)), sum = load_complex(sums + at + o);
-      store_complex(sums + at + o, {sum.re + product.re, sum.im + product.im});
+      const Complex product = mul_conj(t, load_complex(x + at + o)), before = load_complex(sum + at + o);
+      store_complex(sum + at + o, {before.re + product.re, before.im + product.im});
     };
     const auto correlate = [&](int o, Complex t) TILEWISE_LAMBDA { return mul_conj(t, load_complex(k + at + o)); };
-    if (sums && wants_dx)
+    if (wants_dk && wants_dx)
       leaf<true, true>(plan, w, g + at, [&](int o, Complex t) TILEWISE_LAMBDA {
         add(o, t);
         return correlate(o, t);
@@ -125,18 +141,10 @@ struct GradientJob {
         return t;
       });
   }
-};
-
-// A sum of spectra / N -> time.
-struct InverseJob {
-  float* x;
-
-  void before(int, int64_t, int64_t, const float*) const {}
-  void after(int radix, int64_t at, int64_t m, const float* w) const { node_pass<true>(radix, x + at, m, w); }
-  void at_leaf(const Plan& plan, int64_t at, const float* w) const {
-    const VF unit = set1(1.f / float(plan.size));
-    leaf<false, true>(plan, w, x + at,
-                      [&](int o, Complex) TILEWISE_LAMBDA { return scale(load_complex(x + at + o), unit); });
+  void product_leaf(const Plan& plan, int64_t at, const float* w) const {
+    leaf<false, true>(plan, w, x + at, [&](int o, Complex) TILEWISE_LAMBDA {
+      return mul(load_complex(x + at + o), load_complex(k + at + o));
+    });
   }
 };
 

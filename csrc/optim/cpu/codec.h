@@ -2,7 +2,7 @@
 // exactly, a tie going to the code of smaller magnitude.
 //
 // The decisions compare with midpoint * scale rounded down to a float: x > midpoint * scale in the reals exactly when
-// x > product_down(midpoint, scale), because no float lies between the two.
+// x > that product rounded down, because no float lies between the two.
 #pragma once
 #include "common/isa.h"
 #include "optim/params.h"
@@ -20,13 +20,6 @@ using BlockValues = VF[kVectors];
 constexpr int shift_of(int i) {
   const int run = i / kParts;
   return 8 * (run & 3) + 4 * (run >> 2);
-}
-
-// The largest float <= a * b, for positive a and b: the product of two floats is exact in double.
-TILEWISE_INLINE float product_down(float a, float b) {
-  const double exact = double(a) * b;
-  const float f = float(exact);
-  return f > exact ? bits_to_float(float_to_bits(f) - 1) : f;
 }
 
 TILEWISE_INLINE VU load_words(const uint8_t* codes, int part) {
@@ -203,15 +196,26 @@ TILEWISE_INLINE void decode_unsigned(const uint8_t* codes, float factor, BlockVa
   }
 }
 
+// The largest floats <= a * b: the fused remainder rounds once, so its sign is exact.
+TILEWISE_INLINE VF products_down(const float* a, float b) {
+  const VF factors = load(a), product = factors * set1(b);
+  const VF rest = (VF)_mm256_fmsub_ps((__m256)factors, (__m256)set1(b), (__m256)product);
+  return (VF)((VI)product + (rest < set1(0)));
+}
+
+// Bisection over seven thresholds, then the eighth. A comparison is -1 where true, so `& 4` and `-` turn it into steps.
 TILEWISE_INLINE void encode_signed(const BlockValues& x, float scale, uint8_t* codes) {
-  VF thresholds[8];
-  for (int i = 0; i < 8; i++) thresholds[i] = set1(product_down(kMagnitudes.midpoint[i], scale));
+  const VF thresholds = products_down(kMagnitudes.midpoint, scale);
+  const auto at = [&](VI i) { return (VF)_mm256_permutevar8x32_ps((__m256)thresholds, (__m256i)i); };
+  const VF fourth = at(set1i(3)), eighth = at(set1i(7));
   VI c[kVectors];
+#pragma GCC unroll 16
   for (int i = 0; i < kVectors; i++) {
     const VF a = abs(x[i]);
-    VI magnitude = {};
-#pragma GCC unroll 8
-    for (int t = 0; t < 8; t++) magnitude -= a > thresholds[t];
+    VI magnitude = (a > fourth) & 4;
+    magnitude |= (a > at(magnitude + 1)) & 2;
+    magnitude -= a > at(magnitude);
+    magnitude -= a > eighth;
     const VI sign = (VI)x[i] >> 31;
     c[i] = (magnitude ^ sign) - sign + kZeroCode;
   }
@@ -235,6 +239,13 @@ TILEWISE_INLINE void encode_unsigned(const BlockValues& x, float scale, uint8_t*
 
 #endif
 #else  // generic
+
+// The largest float <= a * b, for positive a and b: the product of two floats is exact in double.
+TILEWISE_INLINE float product_down(float a, float b) {
+  const double exact = double(a) * b;
+  const float f = float(exact);
+  return f > exact ? bits_to_float(float_to_bits(f) - 1) : f;
+}
 
 TILEWISE_INLINE float signed_value(int code) {
   return code < kZeroCode ? -kMagnitudes.value[kZeroCode - code] : kMagnitudes.value[code - kZeroCode];
@@ -311,6 +322,13 @@ TILEWISE_INLINE uint32_t max_bits(const BlockValues& x) {
 #pragma GCC unroll 8
   for (int i = 1; i < kVectors; i++) top = _mm512_max_epu32(top, (__m512i)x[i]);
   return _mm512_reduce_max_epu32(top);
+#elif defined(__AVX2__)
+  __m256i top = (__m256i)x[0];
+#pragma GCC unroll 16
+  for (int i = 1; i < kVectors; i++) top = _mm256_max_epu32(top, (__m256i)x[i]);
+  __m128i half = _mm_max_epu32(_mm256_castsi256_si128(top), _mm256_extracti128_si256(top, 1));
+  half = _mm_max_epu32(half, _mm_shuffle_epi32(half, 0x4e));
+  return uint32_t(_mm_cvtsi128_si32(_mm_max_epu32(half, _mm_shuffle_epi32(half, 0xb1))));
 #else
   VU top = (VU)x[0];
   for (int i = 1; i < kVectors; i++) {

@@ -1,5 +1,6 @@
 // One AdamW step of up to kMaxTensors tensors in one launch. Their addresses travel in the kernel's parameters: nothing
-// is allocated, copied or waited for, and a captured graph holds all that the launch needs.
+// is allocated, copied or waited for. (The bias corrections travel there too, so a captured graph would repeat its
+// step's.)
 #pragma once
 #include "optim/cuda/codec.h"
 

@@ -91,8 +91,8 @@ template <class T, int V>
 const char* csr_many_rows(const CsrForwardParams& p, const Runtime& rt) {
   constexpr int64_t kWidth = V * W;
   const CsrTiles tiles(p.tiling, p.out, p.in);
-  const Panels panels(p.rows, kWidth, p.in);
-  float* packed = scratch<float>(rt, 0, panels.per_chunk * p.in * kWidth);
+  const Panels panels(rt, p.rows, kWidth, p.in, tiles.blocks);
+  float* packed = scratch<float>(rt, 0, panels.per_chunk * p.in * kWidth + W);
   const CsrEntries entries = {scratch<float>(rt, 1, p.nnz + W), scratch<uint32_t>(rt, 2, p.nnz + W)};
   if (!packed || !entries.values || !entries.offsets) return kOutOfMemory;
   if (!order_entries<T>(p, rt, tiles, entries, kWidth)) return kForeignPlan;
@@ -115,6 +115,7 @@ const char* csr_many_rows(const CsrForwardParams& p, const Runtime& rt) {
 }
 
 // ---- few rows: a dot product per output, x gathered by column ----
+
 TILEWISE_INLINE VF gather(const float* p, VI at) {
 #if defined(__AVX512F__)
   return (VF)_mm512_i32gather_ps((__m512i)at, p, 4);
@@ -153,9 +154,9 @@ inline void csr_dots(const CsrForwardParams& p, const float* x, int64_t begin, i
 
 template <class T>
 const char* csr_few_rows(const CsrForwardParams& p, const Runtime& rt) {
-  float* x = scratch<float>(rt, 0, kFewRows * p.in + W);
+  float* x = scratch<float>(rt, 0, kFewCsrRows * p.in + W);
   if (!x) return kOutOfMemory;
-  for (int64_t r = 0; r < kFewRows; r++)
+  for (int64_t r = 0; r < kFewCsrRows; r++)
     for (int64_t k = 0; k < p.in; k++)
       x[r * p.in + k] = r < p.rows ? to_float(static_cast<const T*>(p.x)[r * p.x_stride + k]) : 0.f;
   const int64_t grain = max_of<int64_t>(1, 16384 * p.out / max_of<int64_t>(p.nnz, 1));
@@ -171,7 +172,7 @@ const char* csr_few_rows(const CsrForwardParams& p, const Runtime& rt) {
 const char* csr_forward(const CsrForwardParams& p, const Runtime& rt) {
   return with_type(p.type, [&](auto t) {
     using T = decltype(t);
-    if (p.rows <= kFewRows) return csr_few_rows<T>(p, rt);
+    if (p.rows <= kFewCsrRows) return csr_few_rows<T>(p, rt);
     return p.tiling.tile <= 64 ? csr_many_rows<T, 8>(p, rt) : csr_many_rows<T, 4>(p, rt);
   });
 }
@@ -183,15 +184,18 @@ template <class T>
 const char* csr_grad_values(const CsrGradValuesParams& p, const Runtime& rt) {
   const CsrTiles tiles(p.tiling, p.out, p.in);
   const int64_t width = min_of(kCsrDotRows, round_up(p.rows, W));
+  if (p.rows == 0) {
+    __builtin_memset(p.dvalues, 0, size_t(p.nnz) * sizeof(T));
+    return nullptr;
+  }
   float* dy = scratch<float>(rt, 0, p.out * width);
   float* x = scratch<float>(rt, 1, p.in * width);
   float* sums = sizeof(T) == 4 ? static_cast<float*>(p.dvalues) : scratch<float>(rt, 2, p.nnz);
   if (!dy || !x || !sums) return kOutOfMemory;
   bool ok = true;
-  if (p.rows == 0) __builtin_memset(sums, 0, size_t(p.nnz) * 4);
   for (int64_t first = 0; ok && first < p.rows; first += width) {
     const int64_t rows = min_of(width, p.rows - first), vectors = ceil_div(rows, W);
-    const Panels panel(rows, width, 0);
+    const Panels panel(rt, rows, width, 0, 1);
     pack_panels(rt, panel, dy, static_cast<const T*>(p.dy) + first * p.dy_stride, p.dy_stride, p.out, 0);
     pack_panels(rt, panel, x, static_cast<const T*>(p.x) + first * p.x_stride, p.x_stride, p.in, 0);
     ok = for_each_record(rt, tiles, [&](int64_t t, const CsrRecord& r) {

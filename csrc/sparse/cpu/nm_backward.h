@@ -13,6 +13,7 @@ constexpr int kGroupVectors = W == 16 ? 4 : 2;
 constexpr int64_t kGroupWidth = kGroupVectors * W;
 constexpr int64_t kOutBlock = 128;  // outputs per pass: their lines of dy^T take 32 KB
 constexpr int kPatterns = 6;
+constexpr int64_t kPlanBytes = 4 << 20;
 
 struct PatternWeight {
   float first, second;
@@ -28,31 +29,30 @@ struct GroupPlan {
 // The pairs 01 02 03 12 13 23 by their nibble; the host lets no other pass.
 constexpr uint8_t kPatternOf[16] = {0, 0, 0, 0, 0, 0, 0, 0, 1, 3, 0, 0, 2, 4, 5, 0};
 
+constexpr int64_t kGroupSlice = 32;  // groups that one task sorts: their write positions fit the first-level cache
+
 template <class T>
-inline void sort_groups(const NmGradInputParams& p, GroupPlan* plans, int64_t o0, int64_t g0, int64_t g1) {
+inline void sort_groups(const NmGradInputParams& p, GroupPlan* plans, int64_t o0, int64_t g0, int64_t count) {
   const int64_t outputs = min_of(kOutBlock, p.out - o0), row_bytes = ceil_div(p.in, 8);
-  for (int64_t g = g0; g < g1; g++) {
-    GroupPlan& plan = plans[g];
-    const uint8_t* indices = p.indices + o0 * row_bytes + g / 2;
-    const T* values = static_cast<const T*>(p.values) + o0 * (p.in / 2) + 2 * g;
-    const int shift = g % 2 * 4;
-    uint8_t pattern[kOutBlock];
-    int32_t next[kPatterns] = {};
-    for (int64_t o = 0; o < outputs; o++) {
-      pattern[o] = kPatternOf[indices[o * row_bytes] >> shift & 15];
-      next[pattern[o]]++;
-    }
+  const uint8_t* indices = p.indices + o0 * row_bytes + g0 / 2;  // g0 is even
+  const T* values = static_cast<const T*>(p.values) + (o0 * p.in) / 2 + 2 * g0;
+  int32_t next[kGroupSlice][8] = {};
+  for (int64_t o = 0; o < outputs; o++)
+    for (int64_t g = 0; g < count; g++) next[g][kPatternOf[indices[o * row_bytes + g / 2] >> g % 2 * 4 & 15]]++;
+  for (int64_t g = 0; g < count; g++) {
     int32_t end = 0;
     for (int i = 0; i < kPatterns; i++) {
       const int32_t begin = end;
-      plan.ends[i] = end += next[i];
-      next[i] = begin;
+      plans[g0 + g].ends[i] = end += next[g][i];
+      next[g][i] = begin;
     }
-    for (int64_t o = 0; o < outputs; o++) {
-      const int32_t at = next[pattern[o]]++;
-      const T* v = values + o * (p.in / 2);
-      plan.weights[at] = {to_float(v[0]), to_float(v[1])};
-      plan.lines[at] = uint32_t(o * kGroupWidth);
+  }
+  for (int64_t o = 0; o < outputs; o++) {
+    const T* row = values + o * (p.in / 2);
+    for (int64_t g = 0; g < count; g++) {
+      const int32_t at = next[g][kPatternOf[indices[o * row_bytes + g / 2] >> g % 2 * 4 & 15]]++;
+      plans[g0 + g].weights[at] = {to_float(row[2 * g]), to_float(row[2 * g + 1])};
+      plans[g0 + g].lines[at] = uint32_t(o * kGroupWidth);
     }
   }
 }
@@ -92,26 +92,34 @@ inline void add_group(float* dx, const GroupPlan& plan, const float* lines, bool
 }
 
 template <class T>
-const char* nm_grad_input(const NmGradInputParams& p, const Runtime& rt) {
-  const Panels panels(p.rows, kGroupWidth, max_of(p.in, p.out));
-  const int64_t groups = p.in / 4, chunk = panels.per_chunk;
+const char* nm_grad_input_many(const NmGradInputParams& p, const Runtime& rt) {
+  const int64_t groups = p.in / 4, slices = ceil_div(groups, kGroupSlice), blocks = ceil_div(p.out, kOutBlock);
+  // Plans that fit are kept for all chunks; the others are made anew for each, so the chunks had better be large.
+  const bool keep = blocks * groups * int64_t(sizeof(GroupPlan)) <= kPlanBytes;
+  const Panels panels(rt, p.rows, kGroupWidth, max_of(p.in, p.out), slices, keep ? kHotBytes / 2 : kLargeBytes);
+  const int64_t chunk = panels.per_chunk;
   float* dy = scratch<float>(rt, 0, chunk * p.out * kGroupWidth);  // [panel, out, width]
   float* dx = scratch<float>(rt, 1, chunk * p.in * kGroupWidth);   // [panel, in, width]
-  GroupPlan* plans = scratch<GroupPlan>(rt, 2, groups);
+  GroupPlan* plans = scratch<GroupPlan>(rt, 2, keep ? blocks * groups : groups);
   if (!dy || !dx || !plans) return kOutOfMemory;
-  constexpr int64_t kSlice = 32;  // groups per task
-  const int64_t slices = ceil_div(groups, kSlice);
   for (int64_t first = 0; first < p.rows; first += chunk * kGroupWidth) {
     pack_panels(rt, panels, dy, static_cast<const T*>(p.dy), p.dy_stride, p.out, first);
     const int64_t count = panels.in_chunk(first);
-    for (int64_t o = 0; o < p.out; o += kOutBlock) {
-      parallel_for(rt, groups, kSlice, [&](int64_t begin, int64_t end) { sort_groups<T>(p, plans, o, begin, end); });
+    for (int64_t block = 0; block < blocks; block++) {
+      const int64_t o = block * kOutBlock;
+      GroupPlan* plan = plans + (keep ? block * groups : 0);
+      if (first == 0 || !keep) {
+        parallel_for(rt, slices, 1, [&](int64_t begin, int64_t end) {
+          for (int64_t i = begin; i < end; i++)
+            sort_groups<T>(p, plan, o, i * kGroupSlice, min_of(kGroupSlice, groups - i * kGroupSlice));
+        });
+      }
       parallel_for(rt, count * slices, 1, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; i++) {
-          const int64_t panel = i / slices, g0 = i % slices * kSlice;
+          const int64_t panel = i / slices, g0 = i % slices * kGroupSlice;
           const float* lines = dy + (panel * p.out + o) * kGroupWidth;
-          for (int64_t g = g0; g < min_of(groups, g0 + kSlice); g++)
-            add_group(dx + (panel * p.in + 4 * g) * kGroupWidth, plans[g], lines, o == 0);
+          for (int64_t g = g0; g < min_of(groups, g0 + kGroupSlice); g++)
+            add_group(dx + (panel * p.in + 4 * g) * kGroupWidth, plan[g], lines, o == 0);
         }
       });
     }
@@ -126,8 +134,74 @@ const char* nm_grad_input(const NmGradInputParams& p, const Runtime& rt) {
   return nullptr;
 }
 
+// Few rows: sorting would cost more than it saves. Weights are spread over their four inputs in registers instead.
+constexpr int64_t kFewGradRows = 16;
+constexpr int kFewTile = 4;  // vectors of inputs per pass
+
+// W consecutive inputs of one output, zeros included, from `kept` values (at most W / 2).
+template <class T>
+TILEWISE_INLINE VF spread(const T* values, const uint8_t* indices, int64_t k, int64_t kept) {
+  uint32_t word = indices[0];
+  if (W == 16 && kept > 4) word |= uint32_t(indices[1]) << 8;
+  if (W == 4) word >>= k % 8;
+  const VI lane = iota(), pair = lane / 4 * 2, nibble = (VI)((VU)set1i(int32_t(word)) >> (VU)(lane / 4 * 4));
+  const VF v = load(values, min_of<int64_t>(kept, W / 2));
+  const VF second = select((nibble >> 2 & 3) == lane % 4, __builtin_shuffle(v, pair + 1), VF{});
+  return select((nibble & 3) == lane % 4, __builtin_shuffle(v, pair), second);
+}
+
+template <class T, int R>
+inline void few_columns(const NmGradInputParams& p, const float* dy, T* dx, int64_t k0) {
+  constexpr int64_t kAhead = 16;  // rows of weights lie far apart: no hardware prefetcher follows
+  const int64_t row_bytes = ceil_div(p.in, 8), half = p.in / 2,
+                vectors = min_of<int64_t>(kFewTile, ceil_div(p.in - k0, W));
+  VF acc[R][kFewTile] = {};
+  for (int64_t o = 0; o < p.out; o++) {
+    const T* values = static_cast<const T*>(p.values) + o * half + k0 / 2;
+    const uint8_t* indices = p.indices + o * row_bytes + k0 / 8;
+    __builtin_prefetch(values + kAhead * half);
+    __builtin_prefetch(values + kAhead * half + kFewTile * W / 2 - 1);
+    __builtin_prefetch(indices + kAhead * row_bytes);
+    VF w[kFewTile];
+#pragma GCC unroll 4
+    for (int c = 0; c < kFewTile; c++) {
+      const int64_t k = k0 + c * W;
+      w[c] = c < vectors ? spread(values + c * W / 2, indices + c * W / 8, k, (p.in - k) / 2) : VF{};
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < R; r++) {
+      const VF d = set1(dy[r * p.out + o]);
+#pragma GCC unroll 4
+      for (int c = 0; c < kFewTile; c++) acc[r][c] += d * w[c];
+    }
+  }
+  for (int r = 0; r < R; r++)
+    for (int c = 0; c < vectors; c++) store(dx + r * p.in + k0 + c * W, acc[r][c], p.in - k0 - c * W);
+}
+
+template <class T>
+const char* nm_grad_input_few(const NmGradInputParams& p, const Runtime& rt) {
+  constexpr int R = W == 16 ? 4 : 2;
+  float* dy = scratch<float>(rt, 0, p.rows * p.out + W);
+  if (!dy) return kOutOfMemory;
+  for (int64_t r = 0; r < p.rows; r++)
+    for (int64_t o = 0; o < p.out; o++) dy[r * p.out + o] = to_float(static_cast<const T*>(p.dy)[r * p.dy_stride + o]);
+  parallel_for(rt, ceil_div(p.in, kFewTile * W), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i++) {
+      int64_t r = 0;
+      T* dx = static_cast<T*>(p.dx);
+      for (; r + R <= p.rows; r += R) few_columns<T, R>(p, dy + r * p.out, dx + r * p.in, i * kFewTile * W);
+      for (; r < p.rows; r++) few_columns<T, 1>(p, dy + r * p.out, dx + r * p.in, i * kFewTile * W);
+    }
+  });
+  return nullptr;
+}
+
 const char* nm_grad_input(const NmGradInputParams& p, const Runtime& rt) {
-  return with_type(p.type, [&](auto t) { return nm_grad_input<decltype(t)>(p, rt); });
+  return with_type(p.type, [&](auto t) {
+    using T = decltype(t);
+    return p.rows <= kFewGradRows || p.out == 0 ? nm_grad_input_few<T>(p, rt) : nm_grad_input_many<T>(p, rt);
+  });
 }
 
 // ---- dvalues ----
@@ -160,13 +234,17 @@ inline void nm_dot_block(const NmGradValuesParams& p, const float* dy, const flo
 template <class T>
 const char* nm_grad_values(const NmGradValuesParams& p, const Runtime& rt) {
   const int64_t width = min_of(kDotRows, round_up(p.rows, W)), half = p.in / 2;
+  if (p.rows == 0) {
+    __builtin_memset(p.dvalues, 0, size_t(p.out * half) * sizeof(T));
+    return nullptr;
+  }
   float* dy = scratch<float>(rt, 0, p.out * width);
   float* x = scratch<float>(rt, 1, p.in * width);
   float* sums = sizeof(T) == 4 ? static_cast<float*>(p.dvalues) : scratch<float>(rt, 2, p.out * half);
   if (!dy || !x || !sums) return kOutOfMemory;
   for (int64_t first = 0; first < p.rows; first += width) {
     const int64_t rows = min_of(width, p.rows - first), vectors = ceil_div(rows, W);
-    const Panels panel(rows, width, 0);
+    const Panels panel(rt, rows, width, 0, 1);
     pack_panels(rt, panel, dy, static_cast<const T*>(p.dy) + first * p.dy_stride, p.dy_stride, p.out, 0);
     pack_panels(rt, panel, x, static_cast<const T*>(p.x) + first * p.x_stride, p.x_stride, p.in, 0);
     parallel_for(rt, ceil_div(p.out, kDotBlock), 1, [&](int64_t begin, int64_t end) {
@@ -188,7 +266,7 @@ const char* nm_grad_values(const NmGradValuesParams& p, const Runtime& rt) {
 // ---- dbias ----
 template <class T>
 const char* column_sum(const ColumnSumParams& p, const Runtime& rt) {
-  parallel_for(rt, ceil_div(p.out, W), max_of<int64_t>(1, 8192 / p.rows), [&](int64_t begin, int64_t end) {
+  parallel_for(rt, ceil_div(p.out, W), 8192 / (p.rows + 1) + 1, [&](int64_t begin, int64_t end) {
     for (int64_t o = begin * W; o < min_of(end * W, p.out); o += W) {
       const int64_t n = min_of<int64_t>(W, p.out - o);
       VF total = {};

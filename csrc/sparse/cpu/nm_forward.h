@@ -6,7 +6,7 @@
 namespace tilewise {
 namespace {
 
-constexpr int64_t kFewRows = 8;   // up to here the look-up form is faster
+constexpr int64_t kFewRows = 16;  // up to here the look-up form is faster
 constexpr int kPanelVectors = 8;  // accumulators: enough to hide the latency of two FMA ports
 constexpr int64_t kPanelWidth = kPanelVectors * W;
 constexpr int64_t kTileColumns = 8192 / kPanelWidth;  // a tile of the panel takes 32 KB
@@ -77,10 +77,10 @@ inline void nm_panel(const NmForwardParams& p, const float* panel, float* sums, 
 
 template <class T>
 const char* nm_many_rows(const NmForwardParams& p, const Runtime& rt) {
-  const Panels panels(p.rows, kPanelWidth, p.in);
+  const int64_t blocks = ceil_div(p.out, kRowBlock);
+  const Panels panels(rt, p.rows, kPanelWidth, p.in, blocks);
   float* packed = scratch<float>(rt, 0, panels.per_chunk * p.in * kPanelWidth);
   if (!packed) return kOutOfMemory;
-  const int64_t blocks = ceil_div(p.out, kRowBlock);
   bool exhausted = false;
   for (int64_t first = 0; first < p.rows; first += panels.per_chunk * kPanelWidth) {
     pack_panels(rt, panels, packed, static_cast<const T*>(p.x), p.x_stride, p.in, first);
@@ -140,31 +140,45 @@ inline void nm_dot(const NmForwardParams& p, const float* x, int64_t padded, int
   for (int r = 0; r < R; r++) y[r] = reduce_add(acc[r]);
 }
 
+// y for R rows from `first` on, of which the last may be padding.
 template <class T, int R>
-inline void nm_dots(const NmForwardParams& p, const float* x, int64_t padded, int64_t begin, int64_t end) {
+inline void nm_dots(const NmForwardParams& p, const float* x, int64_t padded, int64_t first, int64_t begin,
+                    int64_t end) {
+  T* y = static_cast<T*>(p.y) + first * p.out;
   for (int64_t o = begin; o < end; o++) {
-    float y[R];
-    nm_dot<T, R>(p, x, padded, o, y);
+    float dots[R];
+    nm_dot<T, R>(p, x + first * padded, padded, o, dots);
     const float bias = p.bias ? to_float(static_cast<const T*>(p.bias)[o]) : 0.f;
-    for (int r = 0; r < R && r < p.rows; r++) static_cast<T*>(p.y)[r * p.out + o] = from_float<T>(y[r] + bias);
+    for (int r = 0; r < R && first + r < p.rows; r++) y[r * p.out + o] = from_float<T>(dots[r] + bias);
   }
 }
 
 template <class T>
 const char* nm_few_rows(const NmForwardParams& p, const Runtime& rt) {
   const int64_t padded = round_up(p.in, 2 * W);
-  float* x = scratch<float>(rt, 0, kFewRows * padded);
+  float* x = scratch<float>(rt, 0, round_up(p.rows, 8) * padded + W);
   if (!x) return kOutOfMemory;
-  for (int64_t r = 0; r < kFewRows; r++)
+  for (int64_t r = 0; r < round_up(p.rows, 8); r++)
     for (int64_t k = 0; k < padded; k += W) {
       const T* at = static_cast<const T*>(p.x) + r * p.x_stride + k;
       store(x + r * padded + k, r >= p.rows || k >= p.in ? VF{} : p.in - k >= W ? load(at) : load(at, p.in - k));
     }
   parallel_for(rt, p.out, max_of<int64_t>(1, (32 << 10) / max_of<int64_t>(p.in, 1)), [&](int64_t begin, int64_t end) {
-    if (p.rows > 4) return nm_dots<T, 8>(p, x, padded, begin, end);
-    if (p.rows > 2) return nm_dots<T, 4>(p, x, padded, begin, end);
-    if (p.rows > 1) return nm_dots<T, 2>(p, x, padded, begin, end);
-    nm_dots<T, 1>(p, x, padded, begin, end);
+    constexpr int64_t kOutputs = 16;  // whose weights stay in the first-level cache for the next eight rows
+    for (; begin < end; begin += kOutputs) {
+      const int64_t stop = min_of(end, begin + kOutputs);
+      for (int64_t first = 0; first < p.rows; first += 8) {
+        const int64_t rows = p.rows - first;
+        if (rows > 4)
+          nm_dots<T, 8>(p, x, padded, first, begin, stop);
+        else if (rows > 2)
+          nm_dots<T, 4>(p, x, padded, first, begin, stop);
+        else if (rows > 1)
+          nm_dots<T, 2>(p, x, padded, first, begin, stop);
+        else
+          nm_dots<T, 1>(p, x, padded, first, begin, stop);
+      }
+    }
   });
   return nullptr;
 }
@@ -172,7 +186,7 @@ const char* nm_few_rows(const NmForwardParams& p, const Runtime& rt) {
 const char* nm_forward(const NmForwardParams& p, const Runtime& rt) {
   return with_type(p.type, [&](auto t) {
     using T = decltype(t);
-    return p.rows <= kFewRows ? nm_few_rows<T>(p, rt) : nm_many_rows<T>(p, rt);
+    return p.rows <= kFewRows || p.in == 0 ? nm_few_rows<T>(p, rt) : nm_many_rows<T>(p, rt);
   });
 }
 

@@ -100,16 +100,19 @@ inline void unpack_panel(T* dst, int64_t stride, const float* src, int64_t width
   }
 }
 
-// How a call walks over the rows: in chunks of whole panels whose packed form stays within `kPackBytes`.
-constexpr int64_t kPackBytes = 16 << 20;
+// How a call walks over the rows: in chunks of whole panels. A chunk is packed and then used: at best it still lies in
+// the second-level cache, but it must hold work for every thread.
+constexpr int64_t kHotBytes = 1 << 20, kLargeBytes = 16 << 20;
 
 struct Panels {
   int64_t rows, width, per_chunk;
 
-  Panels(int64_t rows, int64_t width, int64_t n) : rows(rows), width(width) {
-    const int64_t fit = kPackBytes / (4 * width * max_of<int64_t>(n, 1));
-    per_chunk = max_of<int64_t>(4, min_of<int64_t>(fit, ceil_div(rows, width)));
-    per_chunk = min_of(per_chunk, ceil_div(rows, width));
+  // Panels of [n, width], of each of which `tasks` can be done at once.
+  Panels(const Runtime& rt, int64_t rows, int64_t width, int64_t n, int64_t tasks, int64_t bytes = kHotBytes)
+      : rows(rows), width(width) {
+    const int64_t fit = bytes / (4 * width * max_of<int64_t>(n, 1));
+    const int64_t busy = ceil_div(4 * int64_t(rt.num_threads()), max_of<int64_t>(tasks, 1));
+    per_chunk = min_of(max_of(fit, max_of<int64_t>(busy, 1)), ceil_div(rows, width));
   }
   int64_t in_chunk(int64_t first) const { return min_of(per_chunk, ceil_div(rows - first, width)); }
   int64_t valid(int64_t row) const { return min_of(width, rows - row); }

@@ -93,13 +93,19 @@ struct FloatProduct {
     for (int64_t d0 = 0; d0 < p.depth(); d0 += kDepth) {
       load(p, s, m0, n0, d0);
       sync_block();
+      float part[4][4] = {};  // two levels, for accuracy: rounding grows with kDepth + depth / kDepth
 #pragma unroll
       for (int d = 0; d < kDepth; d++) {
 #pragma unroll
         for (int i = 0; i < 4; i++) {
 #pragma unroll
-          for (int j = 0; j < 4; j++) acc[i][j] += s.left[d][m + i] * s.right[d][n + j];
+          for (int j = 0; j < 4; j++) part[i][j] += s.left[d][m + i] * s.right[d][n + j];
         }
+      }
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+#pragma unroll
+        for (int j = 0; j < 4; j++) acc[i][j] += part[i][j];
       }
       sync_block();
     }

@@ -147,9 +147,9 @@ struct NmForward {
 };
 
 // Many rows of x: tiles that keep the tensor cores fed. Few: small tiles, so that more blocks share the weights' way
-// from memory.
+// from memory. Loading element by element takes registers, which the wide tile of unaligned inputs gives up.
 template <class T, bool kAligned>
-using NmForwardWide = NmForward<T, kAligned, 2, 2, 4, 8>;
+using NmForwardWide = NmForward<T, kAligned, 2, 2, 4, kAligned ? 8 : 4>;
 template <class T, bool kAligned>
 using NmForwardNarrow = NmForward<T, kAligned, 4, 1, 1, 2>;
 

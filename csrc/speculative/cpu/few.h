@@ -8,19 +8,19 @@ namespace {
 
 constexpr int kFewRows = 4;
 
-// Adds up each of W vectors: result lane i = sum of v[i]. log2(W) rounds of halving.
-TILEWISE_INLINE VF sums_of(VF (&v)[W]) {
-#pragma GCC unroll 4
-  for (int n = W / 2; n >= 1; n /= 2) {
-    VI low, high;
-    for (int i = 0; i < W; i++) {
-      low[i] = (i / n % 2 ? W : 0) + (i / (2 * n)) * 2 * n + i % n;
-      high[i] = low[i] + n;
-    }
+// Adds up each of W vectors: lane i of v[0] becomes the sum of v[i]. Each of the log2(W) rounds halves their number;
+// the shuffles are known to the compiler only because N is.
+template <int N = W / 2>
+TILEWISE_INLINE void sums_into_first(VF (&v)[W]) {
+  VI low, high;
 #pragma GCC unroll 16
-    for (int i = 0; i < n; i++) v[i] = __builtin_shuffle(v[i], v[i + n], low) + __builtin_shuffle(v[i], v[i + n], high);
+  for (int i = 0; i < W; i++) {
+    low[i] = (i / N % 2 ? W : 0) + i / (2 * N) * 2 * N + i % N;
+    high[i] = low[i] + N;
   }
-  return v[0];
+#pragma GCC unroll 16
+  for (int i = 0; i < N; i++) v[i] = __builtin_shuffle(v[i], v[i + N], low) + __builtin_shuffle(v[i], v[i + N], high);
+  if constexpr (N > 1) sums_into_first<N / 2>(v);
 }
 
 template <class T, int MQ>
@@ -60,7 +60,10 @@ struct FewTask {
         for (int m = 0; m < MQ; m++) dots[m][j] = sum[m];
       }
 #pragma GCC unroll 4
-      for (int m = 0; m < MQ; m++) store(weights[m] + j0, sums_of(dots[m]));
+      for (int m = 0; m < MQ; m++) {
+        sums_into_first(dots[m]);
+        store(weights[m] + j0, dots[m][0]);
+      }
     }
   }
 
@@ -91,7 +94,7 @@ struct FewTask {
 #pragma GCC unroll 4
     for (int m = 0; m < MQ; m++)
 #pragma GCC unroll 8
-      for (int c = 0; c < NC; c++) acc[m][c] = load(out[m] + d + c * W) * shrink[m];
+      for (int c = 0; c < NC; c++) acc[m][c] = VF{};
     for (int j = 0; j < rows.count; j++) {
       const T* v = rows.v[j] + d;
 #pragma GCC unroll 8
@@ -104,7 +107,10 @@ struct FewTask {
 #pragma GCC unroll 4
     for (int m = 0; m < MQ; m++)
 #pragma GCC unroll 8
-      for (int c = 0; c < NC; c++) store(out[m] + d + c * W, acc[m][c]);
+      for (int c = 0; c < NC; c++) {
+        float* to = out[m] + d + c * W;
+        store(to, load(to) * shrink[m] + acc[m][c]);
+      }
   }
 
   void run() {

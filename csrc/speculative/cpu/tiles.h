@@ -45,6 +45,18 @@ TILEWISE_INLINE void product(VF (&acc)[MR][NV], int count, const float* a, int64
   }
 }
 
+// Scores of MR keys. Sums of kDotChain terms are added up: one long chain would lose a bit against torch.
+constexpr int kDotChain = 32;
+template <int MR, int NV, class D>
+TILEWISE_INLINE void dots(VF (&acc)[MR][NV], D dim, const float* k, const float* q) {
+  product<MR, NV>(acc, min_of(kDotChain, int(dim)), k, dim, 1, q);
+  for (int d = kDotChain; d < dim; d += kDotChain) {
+    VF part[MR][NV] = {};
+    product<MR, NV>(part, min_of(kDotChain, int(dim) - d), k + d, dim, 1, q + int64_t(d) * (NV * W));
+    TILEWISE_UNROLL for (int m = 0; m < MR; m++) TILEWISE_UNROLL for (int v = 0; v < NV; v++) acc[m][v] += part[m][v];
+  }
+}
+
 template <int N>
 struct Rows {
   static constexpr int value = N;
@@ -93,7 +105,7 @@ TILEWISE_INLINE bool weights_at_reference(D dim, const KeyBlock& block, const Qu
     constexpr int MR = decltype(rows)::value;
     VF acc[MR][NV] = {};
     ahead(i, MR);
-    product<MR, NV>(acc, dim, block.k + i * dim, dim, 1, tile.q);
+    dots<MR, NV>(acc, dim, block.k + i * dim, tile.q);
     TILEWISE_UNROLL for (int m = 0; m < MR; m++) TILEWISE_UNROLL for (int v = 0; v < NV; v++) {
       largest[v] = max(largest[v], acc[m][v]);
       const VF e = exp2(acc[m][v] - reference[v]);
@@ -118,7 +130,7 @@ TILEWISE_INLINE void exact_weights(D dim, const KeyBlock& block, const QueryTile
     constexpr int MR = decltype(rows)::value;
     VF acc[MR][NV] = {};
     ahead(i, MR);
-    product<MR, NV>(acc, dim, block.k + i * dim, dim, 1, tile.q);
+    dots<MR, NV>(acc, dim, block.k + i * dim, tile.q);
     TILEWISE_UNROLL for (int m = 0; m < MR; m++) TILEWISE_UNROLL for (int v = 0; v < NV; v++) {
       const VF score = tile.seen ? hide<NV>(acc[m][v], tile.seen[i + m], v) : acc[m][v];
       largest[v] = max(largest[v], score);
@@ -152,13 +164,13 @@ void add_block(D dim, const KeyBlock& block, const QueryTile& tile, bool fresh, 
   constexpr int kOutRows = NV <= 3 && W == 16 ? 8 : 4;
   for_row_blocks<kOutRows>(dim, [&](auto rows, int64_t d) {
     constexpr int MR = decltype(rows)::value;
-    VF acc[MR][NV];
+    VF acc[MR][NV] = {};  // a block's sum starts from zero: shorter chains of additions, smaller rounding errors
     float* out = tile.out + d * (NV * W);
-    TILEWISE_UNROLL for (int m = 0; m < MR; m++) TILEWISE_UNROLL for (int v = 0; v < NV; v++) acc[m][v] =
-        load(out + m * (NV * W) + v * W) * rescale[v];
     product<MR, NV>(acc, block.count, block.v + d, 1, dim, block.weights);
-    TILEWISE_UNROLL for (int m = 0; m < MR; m++) TILEWISE_UNROLL for (int v = 0; v < NV; v++)
-        store(out + m * (NV * W) + v * W, acc[m][v]);
+    TILEWISE_UNROLL for (int m = 0; m < MR; m++) TILEWISE_UNROLL for (int v = 0; v < NV; v++) {
+      float* to = out + m * (NV * W) + v * W;
+      store(to, load(to) * rescale[v] + acc[m][v]);
+    }
   });
 }
 

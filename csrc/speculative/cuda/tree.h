@@ -41,7 +41,9 @@ struct TreeFinalize {
     uint64_t bits[kMaxNodes / kWordBits] = {};
     int depth = 0;
     for (int a = i; present && a >= 0; a = s.parent[a]) {
-      bits[a / kWordBits] |= (uint64_t)1 << a % kWordBits;
+#pragma unroll
+      for (int w = 0; w < kMaxNodes / kWordBits; w++)  // constant indices keep the words in registers
+        bits[w] |= (uint64_t)(a / kWordBits == w) << a % kWordBits;
       depth += s.parent[a] >= 0;
     }
     int child = -1, sibling = -1;

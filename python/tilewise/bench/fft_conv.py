@@ -30,7 +30,7 @@ def torch_conv(u, k, causal=True, pregate=None, postgate=None):
 
 
 def _work(shape, item, passes, tensors):
-    """flops of `passes` transforms a row (2.5 N log2 N for a real one of 2L points); bytes of `tensors` like u, and k."""
+    """flops of `passes` transforms a row (2.5 N log2 N, real, N = 2L); bytes of `tensors` like u, and of k."""
     batch, heads, length = shape
     flops = 2.5 * 2 * length * math.log2(max(2, 2 * length)) * heads * (passes * batch + 1)
     return flops, batch * heads * length * item * tensors + heads * length * 4

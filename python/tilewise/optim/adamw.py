@@ -11,7 +11,7 @@ from tilewise.optim.quantize import CODE_BYTES, block_count
 
 
 def _adamw_step(params, grads, exp_avgs, exp_avg_sqs, scales, steps, lr, beta1, beta2, eps, weight_decay, maximize):
-    dense = [p.contiguous() for p in params]  # a no-op for contiguous ones
+    dense = [_dense(p) for p in params]
     grads = [g.contiguous() for g in grads]
     _C.adamw_step(dense, grads, exp_avgs, exp_avg_sqs, scales, steps, lr, beta1, beta2, eps, weight_decay, maximize)
     for p, d in zip(params, dense, strict=True):
@@ -54,6 +54,8 @@ class AdamW(Optimizer):
         state_bits: 4, or 32 for states as torch.optim.AdamW keeps them.
         block_size: None or 128.
         min_quantized_size: parameters with fewer elements keep 32-bit states.
+
+    The step counters are in host memory: a step costs no synchronisation, but cannot be replayed from a CUDA graph.
 
     Every option may differ between parameter groups. ``state_bits`` and ``min_quantized_size`` decide at a parameter's
     first step; later changes do not touch existing states.
@@ -135,8 +137,9 @@ class AdamW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
+        for group in self.param_groups:  # all of them before anything changes
             check_group("AdamW", group)
+        for group in self.param_groups:
             for params in _by_device(p for p in group["params"] if p.grad is not None):
                 self._step_params(group, params)
         return loss
@@ -170,6 +173,15 @@ class AdamW(Optimizer):
             for name in ("exp_avg", "exp_avg_sq"):
                 state[name] = torch.zeros(p.shape, dtype=torch.float32, device=p.device)
         return state
+
+
+def _dense(p):
+    """The parameter itself, or a contiguous copy."""
+    if p.is_contiguous():
+        return p
+    if any(size > 1 and stride == 0 for size, stride in zip(p.shape, p.stride(), strict=True)):
+        raise ValueError(f"adamw_step: param has strides {p.stride()}, expected elements that do not overlap")
+    return p.contiguous()
 
 
 def _by_device(params):

@@ -7,7 +7,7 @@ Format, version 1 (``param_groups[i]["state_version"]``): per parameter ``step``
 
 import torch
 
-from tilewise.optim.options import check_group
+from tilewise.optim.options import OPTIONS, check_group
 from tilewise.optim.quantize import CODE_BYTES, block_count
 
 STATE_VERSION = 1
@@ -56,11 +56,11 @@ def _check_groups(what, optimizer, saved):
     params = {}
     for i, (new, old) in enumerate(zip(saved, groups, strict=True)):
         _expect(what, f"param_groups[{i}]", new, dict)
-        missing = [key for key in optimizer.defaults if key not in new] + ["params"] * ("params" not in new)
+        missing = [key for key in ("params", "state_version", *OPTIONS) if key not in new]
         if missing:
             raise ValueError(f"{what}: param_groups[{i}] has no {missing}, expected a dict of this optimizer")
         version = new["state_version"]
-        if version != STATE_VERSION:
+        if not isinstance(version, int) or version != STATE_VERSION:
             raise ValueError(f"{what}: param_groups[{i}] has state_version {version!r}, expected {STATE_VERSION}")
         _expect(what, f"param_groups[{i}]['params']", new["params"], (list, tuple))
         if len(new["params"]) != len(old["params"]):

@@ -5,6 +5,8 @@ from numbers import Real
 
 import torch
 
+OPTIONS = ("lr", "betas", "eps", "weight_decay", "state_bits", "block_size", "min_quantized_size", "maximize")
+
 
 def check_group(operation: str, group: dict) -> None:
     """Raises ValueError, TypeError or NotImplementedError for an option that a step could not use."""

@@ -8,7 +8,7 @@ def fft_conv(u, k, *, causal=True, pregate=None, postgate=None, skip=None):
     length = u.shape[-1]
     x = u if pregate is None else pregate * u
     y = torch.zeros_like(x)
-    if length:
+    if x.numel() and k.numel():
         size = 2 * length if causal else length
         filtered = torch.fft.rfft(x, size) * torch.fft.rfft(k, size)
         y = torch.fft.irfft(filtered, size)[..., :length]

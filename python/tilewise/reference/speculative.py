@@ -61,28 +61,20 @@ def _pack(trees, width):
     return parent, tokens, torch.tensor([len(nodes) for nodes in trees], dtype=torch.int32)
 
 
-def sequence_rows(pages, block_table, b, start, end):
-    """Rows [start, end) of sequence b: (end - start, Hkv, D)."""
-    return pages[block_table[b].long()].flatten(0, 1)[start:end]
-
-
-def tree_attention(q, k_pages, v_pages, block_table, prefix_len, parent, n_nodes, scale=None):
-    """Each node by ordinary attention over its own root path; in float64 for float64 inputs."""
-    batch, nodes, heads, dim = q.shape
-    group = heads // k_pages.shape[2]
+def tree_attention(q, k_pages, v_pages, block_table, prefix_len, ancestors, scale=None):
+    """Masked attention; ``ancestors`` bool (B, N, N): node i sees node j. Padding gives 0 and -inf."""
+    group = q.shape[2] // k_pages.shape[2]
     out, lse = torch.zeros_like(q), q.new_full(q.shape[:-1], -torch.inf)
-    for b in range(batch):
-        prefix = int(prefix_len[b])
-        k, v = (sequence_rows(p, block_table, b, 0, prefix + nodes) for p in (k_pages, v_pages))
-        for i in range(int(n_nodes[b])):
-            path = [i]
-            while parent[b, path[0]] >= 0:
-                path.insert(0, int(parent[b, path[0]]))
-            seen = [*range(prefix), *(prefix + a for a in path)]
-            keys, values = k[seen].repeat_interleave(group, 1), v[seen].repeat_interleave(group, 1)
-            scores = torch.einsum("hd,lhd->hl", q[b, i], keys) * (dim**-0.5 if scale is None else scale)
-            out[b, i] = torch.einsum("hl,lhd->hd", scores.softmax(-1), values)
-            lse[b, i] = scores.float().logsumexp(-1) if q.dtype != torch.float64 else scores.logsumexp(-1)
+    for b, prefix in enumerate(prefix_len.tolist()):
+        seen = torch.nn.functional.pad(ancestors[b], (prefix, 0), value=True)
+        keys = seen.shape[1]
+        k, v = (p[block_table[b].long()].flatten(0, 1)[:keys].repeat_interleave(group, 1) for p in (k_pages, v_pages))
+        k, v = k.transpose(0, 1), v.transpose(0, 1)
+        scores = q[b].transpose(0, 1) @ k.transpose(1, 2) * (q.shape[-1] ** -0.5 if scale is None else scale)
+        scores = scores.masked_fill(~seen, -torch.inf)
+        used = ancestors[b].any(-1)
+        out[b] = torch.where(used[:, None, None], (scores.softmax(-1) @ v).transpose(0, 1), 0)
+        lse[b] = torch.where(used[:, None], scores.logsumexp(-1).transpose(0, 1), -torch.inf)
     return out, lse
 
 

@@ -1,0 +1,148 @@
+// Tree attention without tensor cores: one warp per query row, lanes are head dimensions. Serves float32, head dims
+// other than 64 and 128, and rows that are not 16-byte aligned; arithmetic in float32 throughout.
+#pragma once
+#include "speculative/cuda/attention.h"
+
+namespace tilewise::speculative {
+
+SIMT_DEVICE float load_float(const float* p) {
+  return *p;
+}
+SIMT_DEVICE float load_float(const bf16* p) {
+  return to_f32(*p);
+}
+SIMT_DEVICE float load_float(const fp16* p) {
+  return to_f32(*p);
+}
+SIMT_DEVICE void store_float(float* p, float v) {
+  *p = v;
+}
+SIMT_DEVICE void store_float(bf16* p, float v) {
+  *p = bf16{(uint16_t)pack2<bf16>(v, 0.f)};
+}
+SIMT_DEVICE void store_float(fp16* p, float v) {
+  *p = fp16{(uint16_t)pack2<fp16>(v, 0.f)};
+}
+
+// Joins the key ranges: one warp per output row.
+template <class T>
+struct MergeSplits {
+  static constexpr int kThreads = 128, kMinArch = 800, kWarps = kThreads / kWarp;
+  using Params = TreeAttentionArgs;
+  struct Smem {};
+
+  SIMT_DEVICE static void run(const Params& a, Smem&) {
+    const TreeAttentionParams& p = a.p;
+    const int64_t row = (int64_t)block_idx().x * kWarps + warp_id();
+    if (row >= (int64_t)p.batch * p.nodes * p.q_heads) return;
+    float top = -INFINITY, total = 0.f;
+    for (int s = 0; s < p.splits; s++) top = fmaxf(top, *partial_lse(p, s, row));
+    const float base = top == -INFINITY ? 0.f : top;
+    for (int s = 0; s < p.splits; s++) total += exp2_approx((*partial_lse(p, s, row) - base) * kLog2e);
+    const float inverse = total == 0.f ? 0.f : 1.f / total;
+    for (int d = lane_id(); d < p.dim; d += kWarp) {
+      float sum = 0.f;
+      for (int s = 0; s < p.splits; s++) {
+        const float lse = *partial_lse(p, s, row);
+        if (lse != -INFINITY) sum += exp2_approx((lse - base) * kLog2e) * partial_out(p, s, row)[d];
+      }
+      store_float(static_cast<T*>(p.out) + row * p.dim + d, sum * inverse);
+    }
+    if (lane_id() == 0) p.lse[row] = total == 0.f ? -INFINITY : base + log2_approx(total) * kLn2;
+  }
+};
+
+template <class T>
+struct TreeAttentionRows {
+  static constexpr int kThreads = 128, kMinArch = 800, kWarps = kThreads / kWarp;
+  static constexpr int kPerLane = kMaxHeadDim / kWarp, kKeys = 4;  // keys in flight
+  using Params = TreeAttentionArgs;
+  struct Smem {};
+
+  // The dot products of the row with keys [key, key + kKeys), hidden keys at -inf, and the rows of their values.
+  SIMT_DEVICE static void scores(const Params& a, int b, int kv_head, int key, int prefix, int end,
+                                 const uint32_t* mask, const float (&q)[kPerLane], float (&score)[kKeys],
+                                 int64_t (&v_row)[kKeys]) {
+    const TreeAttentionParams& p = a.p;
+#pragma unroll
+    for (int j = 0; j < kKeys; j++) {
+      const int node = key + j - prefix;
+      const bool seen = key + j < end && (node < 0 || mask[node >> 5] >> (node & 31) & 1);
+      const int64_t slot = seen ? slot_of(p.table, b, key + j, a.fault) : -1;
+      v_row[j] = slot < 0 ? -1 : slot_offset(slot, p.table.page_size, p.v_strides) + kv_head * p.v_strides.head;
+      score[j] = 0.f;
+      if (slot >= 0) {
+        const int64_t k_row = slot_offset(slot, p.table.page_size, p.k_strides) + kv_head * p.k_strides.head;
+#pragma unroll
+        for (int i = 0; i < kPerLane; i++) {
+          const int d = lane_id() + i * kWarp;
+          if (d < p.dim) score[j] += q[i] * load_float(static_cast<const T*>(p.k_pages) + k_row + d);
+        }
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < kKeys; j++) {
+      score[j] = warp_sum(score[j]);
+      if (v_row[j] < 0) score[j] = -INFINITY;
+    }
+  }
+
+  SIMT_DEVICE static void run(const Params& a, Smem&) {
+    const TreeAttentionParams& p = a.p;
+    const int at = (int)block_idx().x * kWarps + warp_id(), split = (int)block_idx().y, b = (int)block_idx().z;
+    if (at >= p.nodes * p.q_heads) return;
+    const int node = at / p.q_heads, head = at % p.q_heads, kv_head = head / (p.q_heads / p.kv_heads);
+    const int used = nodes_seen(p, b, node), prefix = checked_prefix(a, b, used), end = used ? prefix + used : 0;
+    const int share = ceil_div(end, p.splits), first = split * share, last = first + share < end ? first + share : end;
+    float q[kPerLane], out[kPerLane] = {}, top = -INFINITY, sum = 0.f;
+#pragma unroll
+    for (int i = 0; i < kPerLane; i++) {
+      const int d = lane_id() + i * kWarp;
+      const int64_t from = b * p.q_batch + node * p.q_node + head * p.q_head + d;
+      q[i] = d < p.dim ? load_float(static_cast<const T*>(p.q) + from) * p.scale * kLog2e : 0.f;
+    }
+    for (int key = first; key < last; key += kKeys) {
+      float score[kKeys];
+      int64_t v_row[kKeys];
+      scores(a, b, kv_head, key, prefix, last, mask_of(p, b, node), q, score, v_row);
+      float next = top;
+#pragma unroll
+      for (int j = 0; j < kKeys; j++) next = fmaxf(next, score[j]);
+      const float base = next == -INFINITY ? 0.f : next, shrink = exp2_approx(top - base);
+      top = next;
+      sum *= shrink;
+#pragma unroll
+      for (int i = 0; i < kPerLane; i++) out[i] *= shrink;
+#pragma unroll
+      for (int j = 0; j < kKeys; j++) {
+        const float weight = exp2_approx(score[j] - base);
+        sum += weight;
+        if (v_row[j] < 0) continue;
+#pragma unroll
+        for (int i = 0; i < kPerLane; i++) {
+          const int d = lane_id() + i * kWarp;
+          if (d < p.dim) out[i] += weight * load_float(static_cast<const T*>(p.v_pages) + v_row[j] + d);
+        }
+      }
+    }
+    write(p, split, ((int64_t)b * p.nodes + node) * p.q_heads + head, out, top, sum);
+  }
+
+  SIMT_DEVICE static void write(const TreeAttentionParams& p, int split, int64_t row, const float (&out)[kPerLane],
+                                float top, float sum) {
+    const float inverse = sum == 0.f ? 0.f : 1.f / sum;
+#pragma unroll
+    for (int i = 0; i < kPerLane; i++) {
+      const int d = lane_id() + i * kWarp;
+      if (d >= p.dim) continue;
+      if (p.splits > 1)
+        partial_out(p, split, row)[d] = out[i] * inverse;
+      else
+        store_float(static_cast<T*>(p.out) + row * p.dim + d, out[i] * inverse);
+    }
+    const float lse = sum == 0.f ? -INFINITY : (top + log2_approx(sum)) * kLn2;
+    if (lane_id() == 0) *(p.splits > 1 ? partial_lse(p, split, row) : p.lse + row) = lse;
+  }
+};
+
+}  // namespace tilewise::speculative

@@ -1,0 +1,71 @@
+"""Sparse linear layers beside torch's dense matrix product with the zeros (its fastest way on these shapes)."""
+
+import torch
+import torch.nn.functional as F
+
+import tilewise as tw
+from tilewise.bench.case import Case
+from tilewise.sparse import _csr_linear_dvalues_op, _csr_linear_op, _nm_linear_dvalues_op, _nm_linear_dx_op
+
+CSR_SHAPE = (512, 2048, 2048)  # rows, inputs, outputs
+CSR_TARGETS = {0.8: 1.8, 0.9: None, 0.95: None}
+NM_SHAPES = [(1, 4096, 4096), (16, 4096, 4096), (512, 2048, 2048), (2048, 512, 2048)]
+
+
+def _tensors(device, dtype, rows, columns, out):
+    shapes = (out, columns), (rows, columns), (rows, out)
+    return [torch.randn(shape, dtype=dtype, device=device) for shape in shapes]
+
+
+def _nm_cases(device, dtype, rows, columns, out):
+    w, x, dy = _tensors(device, dtype, rows, columns, out)
+    weight = tw.NMSparse.from_dense(w)
+    values, indices, mask = weight.values, weight.indices, weight.mask()
+    dense = weight.to_dense()
+    size, name = w.element_size(), f"2:4 {str(dtype)[6:]} {rows}x{columns}x{out}"
+    work = {
+        "flops": rows * columns * out,  # half of the dense product's
+        "bytes": weight.nbytes + size * (x.numel() + dy.numel()),
+    }
+    yield Case(f"{name} forward", lambda: tw.linear(x, weight), lambda: F.linear(x, dense), **work)
+    if rows < 64:
+        return  # decoding has no backward
+    yield Case(f"{name} dx", lambda: _nm_linear_dx_op(dy, values, indices), lambda: dy @ dense, **work)
+    yield Case(
+        f"{name} dvalues", lambda: _nm_linear_dvalues_op(dy, x, indices), lambda: (dy.t() @ x).mul_(mask), **work
+    )
+    yield Case(
+        f"{name} training step",
+        lambda: (tw.linear(x, weight), _nm_linear_dx_op(dy, values, indices), _nm_linear_dvalues_op(dy, x, indices)),
+        lambda: (F.linear(x, w * mask), dy @ (w * mask), (dy.t() @ x).mul_(mask)),
+        flops=3 * work["flops"],
+        bytes=3 * work["bytes"],
+    )
+
+
+def _csr_cases(device, sparsity, target, rows, columns, out):
+    w, x, dy = _tensors(device, torch.float32, rows, columns, out)
+    w = torch.where(torch.rand_like(w) >= sparsity, w, 0)
+    weight = tw.CSR.from_dense(w)
+    matrix, transposed, tile = weight._matrix(), weight._transposed(), weight._tile
+    nnz, name = weight.values.numel(), f"CSR {sparsity:.0%} {rows}x{columns}x{out}"
+    work = {"flops": 2 * rows * nnz, "bytes": 8 * nnz + 4 * (x.numel() + dy.numel())}
+    yield Case(f"{name} forward", lambda: tw.linear(x, weight), lambda: F.linear(x, w), target=target, **work)
+    if rows < 64:
+        return
+    dx = lambda: _csr_linear_op(dy, weight.values, None, transposed, [], out, tile)  # noqa: E731
+    yield Case(f"{name} dx", dx, lambda: dy @ w, **work)
+    yield Case(f"{name} dvalues", lambda: _csr_linear_dvalues_op(dy, x, matrix, tile), lambda: dy.t() @ x, **work)
+
+
+def cases(device: torch.device) -> list[Case]:
+    found = []
+    dtypes = [torch.float32] if device.type == "cpu" else [torch.float16, torch.bfloat16]
+    for dtype in dtypes:
+        for shape in NM_SHAPES:
+            found += _nm_cases(device, dtype, *shape)
+    if device.type == "cpu":
+        for sparsity, target in CSR_TARGETS.items():
+            found += _csr_cases(device, sparsity, target, *CSR_SHAPE)
+        found += _csr_cases(device, 0.9, None, 1, 4096, 4096)
+    return found

@@ -1,0 +1,125 @@
+"""What the tiles of the CUDA kernels could get wrong: tile borders, rescaling, unaligned rows, odd scales, bad offsets.
+
+The tests run on every device; the shapes are chosen around the kernels' tiles of 32, 64 and 128 rows.
+"""
+
+import pytest
+import tilewise as tw
+import torch
+from attention_cases import DTYPES, Shape, assert_outputs_close, inputs, with_gradients
+from harness.emulation import assert_schedules_agree
+from tilewise.reference import attention as reference
+
+HALVES = [torch.float16, torch.bfloat16]
+
+
+def check(tensors, dtype, **options):
+    """Output, lse and gradients against float64, beside plain torch in the same dtype."""
+    dout = torch.randn(*tensors[0].shape[:3], tensors[2].shape[-1]).to(tensors[0])
+    kernel = lambda q, k, v: tw.attention(q, k, v, return_lse=True, **options)  # noqa: E731
+    plain = lambda q, k, v: reference.attention(q, k, v, **options)  # noqa: E731
+    runs = ((kernel, dtype), (plain, dtype), (plain, torch.float64))
+    assert_outputs_close(*[with_gradients(run, tensors, dout, run_dtype) for run, run_dtype in runs], dtype)
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("queries,keys", [(1, 64), (64, 65), (128, 128), (129, 63), (33, 193)])
+def test_tile_borders(device, queries, keys, dim):
+    for causal in (False, True):
+        check(inputs(Shape(1, 1, 1, queries, keys, dim, dim), torch.bfloat16, device), torch.bfloat16, causal=causal)
+
+
+@pytest.mark.modes
+@pytest.mark.parametrize("dim", [64, 128])
+def test_heads_share_keys(device, dim):
+    """Two groups of three heads, two key tiles."""
+    check(inputs(Shape(1, 6, 2, 20, 131, dim, dim), torch.float16, device), torch.float16, causal=True)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=["f16", "bf16"])
+@pytest.mark.parametrize("first,last", [(8.0, 0.1), (0.1, 8.0)], ids=["falling", "rising"])
+def test_maximum_moves_late(device, dtype, first, last):
+    """Scores of very different size, in either order: accumulators are rescaled, or rightly not."""
+    q, k, v = inputs(Shape(1, 1, 1, 20, 200, 64, 64), torch.float32, device)
+    k *= torch.linspace(first, last, 200, device=device.torch)[:, None]
+    check([t.to(dtype) for t in (q, k, v)], dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_rows_off_16_bytes(device, dtype):
+    """Rows at odd addresses, one element apart from those of a wider tensor."""
+
+    def shifted(t):
+        frame = torch.zeros(*t.shape[:-1], t.shape[-1] + 3, dtype=t.dtype, device=t.device)
+        frame[..., 1:-2] = t
+        return frame[..., 1:-2]
+
+    check([shifted(t) for t in inputs(Shape(1, 2, 1, 40, 70, 64, 64), dtype, device)], dtype, causal=True)
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.2])
+@pytest.mark.parametrize("dtype", HALVES, ids=["f16", "bf16"])
+def test_scale_is_not_positive(device, dtype, scale):
+    check(inputs(Shape(1, 2, 1, 40, 50, 64, 64), dtype, device), dtype, causal=True, scale=scale)
+
+
+def packed(dtype, device):
+    offsets_q = torch.tensor([0, 5, 5, 38, 50], dtype=torch.int32, device=device.torch)
+    offsets_k = torch.tensor([0, 9, 13, 13, 83], dtype=torch.int32, device=device.torch)
+    q, k, v = (torch.randn(rows, heads, 64).to(device.torch, dtype) for rows, heads in ((50, 4), (83, 2), (83, 2)))
+    return (q, k, v), (offsets_q, offsets_k)
+
+
+@pytest.mark.modes
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_packed_equals_separate(device, dtype):
+    """Bit for bit: a sequence among others, one without queries and one without keys, gives what it gives alone."""
+    tensors, (offsets_q, offsets_k) = packed(dtype, device)
+    leaves = [t.requires_grad_() for t in tensors]
+    out, lse = tw.attention_varlen(*leaves, offsets_q, offsets_k, causal=True, return_lse=True)
+    dout = torch.randn_like(out)
+    gradients = torch.autograd.grad(out, leaves, dout)
+    for b in range(4):
+        rows = slice(offsets_q[b], offsets_q[b + 1]), *[slice(offsets_k[b], offsets_k[b + 1])] * 2
+        alone = [t[r].detach().transpose(0, 1)[None].requires_grad_() for t, r in zip(leaves, rows, strict=True)]
+        one, one_lse = tw.attention(*alone, causal=True, return_lse=True)
+        assert torch.equal(out[rows[0]].transpose(0, 1)[None], one)
+        assert torch.equal(lse[:, rows[0]][None], one_lse)
+        expected = torch.autograd.grad(one, alone, dout[rows[0]].transpose(0, 1)[None])
+        for got, r, e in zip(gradients, rows, expected, strict=True):
+            assert torch.equal(got[r].transpose(0, 1)[None], e)
+
+
+@pytest.mark.modes
+@pytest.mark.parametrize("which", [0, 1], ids=["queries", "keys"])
+@pytest.mark.parametrize("at,value", [(2, 1000), (1, -7), (4, 10)], ids=["overrun", "negative", "falling"])
+def test_bad_offsets(device, which, at, value):
+    """Never followed. A host that may not look learns of them with its next call, and then works again."""
+    (q, k, v), offsets = packed(torch.bfloat16, device)
+    good = offsets[which].clone()
+    offsets[which][at] = value
+    run = lambda: tw.attention_varlen(q, k, v, *offsets, max_seqlen_q=50, max_seqlen_k=83)  # noqa: E731
+    if device.kind != "cpu":
+        run()
+    if device.kind == "cuda":
+        torch.cuda.synchronize()
+    with pytest.raises(ValueError, match="cu_seqlens"):
+        run()
+    offsets[which].copy_(good)
+    assert run().isfinite().all()
+
+
+@pytest.mark.modes
+@pytest.mark.parametrize("dtype,dim", [(torch.float16, 128), (torch.bfloat16, 64), (torch.float32, 64)], ids=str)
+def test_schedules_over_tiles(device, dtype, dim):
+    """Several tiles each way, so that every buffer is reused: the same bits in every schedule, or in every run."""
+    tensors = [t.requires_grad_() for t in inputs(Shape(1, 2, 1, 70, 140, dim, dim), dtype, device)]
+
+    def run():
+        out, lse = tw.attention(*tensors, causal=True, return_lse=True)
+        return out, lse, *torch.autograd.grad(out, tensors, torch.ones_like(out))
+
+    if device.kind == "emulated":
+        assert_schedules_agree(run, count=4)
+    else:
+        assert all(torch.equal(a, b) for a, b in zip(run(), run(), strict=True))
