@@ -21,10 +21,14 @@ MUTATIONS = [
         "      end_row(s, {p, b, head, in_scale});",
         "race",
     ),
-    Mutation("no_warp_sync_in_place", _CUDA + "three_factors.h", "    sync_warp();  // orders", "    // orders", "race"),
+    Mutation("no_warp_sync", _CUDA + "three_factors.h", "    sync_warp();  // orders", "    // orders", "race"),
     Mutation("no_wait_for_tables", _CUDA + "conv.h", "  cp_async_wait<0>();\n", "", "race"),
     Mutation(
-        "no_barrier_in_transform", _CUDA + "fft32.h", "      sync_block();\n    }\n    if (span", "    }\n    if (span", "race"
+        "no_barrier_in_transform",
+        _CUDA + "fft32.h",
+        "      sync_block();\n    }\n    if (span",
+        "    }\n    if (span",
+        "race",
     ),
     Mutation("wrong_twiddle", _CUDA + "prepare.h", "(16 * j2 + j3), 4 * n)", "(16 * j3 + j2), 4 * n)", "plain"),
     Mutation("twiddle_not_conjugated", _CUDA + "two_factors.h", "pack_multiply<true>", "pack_multiply<false>", "plain"),
