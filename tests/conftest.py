@@ -11,6 +11,7 @@ import random
 import numpy
 import pytest
 import torch
+
 from harness.emulation import MODE, emulator_library
 from tilewise import _C
 

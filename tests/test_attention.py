@@ -3,9 +3,10 @@
 import math
 
 import pytest
-import tilewise as tw
 import torch
-from attention_cases import DTYPES, Shape, inputs, judge, with_gradients
+
+import tilewise as tw
+from attention_cases import DTYPES, Shape, inputs, judge
 from harness.emulation import assert_schedules_agree
 from tilewise.reference import attention as reference
 

@@ -4,8 +4,9 @@ The tests run on every device; the shapes are chosen around the kernels' tiles o
 """
 
 import pytest
-import tilewise as tw
 import torch
+
+import tilewise as tw
 from attention_cases import DTYPES, Shape, inputs, judge
 from harness.emulation import assert_schedules_agree
 from tilewise.reference import attention as reference

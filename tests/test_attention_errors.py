@@ -3,10 +3,11 @@
 import math
 
 import pytest
-import tilewise as tw
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
+import tilewise as tw
 from tilewise.reference import attention as reference
 
 

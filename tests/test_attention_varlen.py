@@ -3,8 +3,9 @@
 import math
 
 import pytest
-import tilewise as tw
 import torch
+
+import tilewise as tw
 from attention_cases import DTYPES, judge
 from harness.emulation import assert_schedules_agree
 from tilewise.reference import attention as reference

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import numpy
 import pytest
+import torch
+
 import tilewise
 import tilewise.speculative as spec
-import torch
 from tilewise import _C
 
 

@@ -6,8 +6,9 @@ The CUDA kernels have their own file, because they serve other sizes at another 
 import itertools
 
 import pytest
-import tilewise as tw
 import torch
+
+import tilewise as tw
 from tilewise.reference.fft_conv import fft_conv as reference
 
 NAMES = ("u", "k", "pregate", "postgate", "skip")

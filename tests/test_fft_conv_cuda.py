@@ -6,8 +6,9 @@ much.
 """
 
 import pytest
-import tilewise as tw
 import torch
+
+import tilewise as tw
 from harness.emulation import assert_schedules_agree
 from tilewise.reference.fft_conv import fft_conv as reference
 

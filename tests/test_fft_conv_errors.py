@@ -2,9 +2,10 @@
 
 import hypothesis
 import pytest
-import tilewise as tw
 import torch
 from hypothesis import strategies as st
+
+import tilewise as tw
 from tilewise.reference.fft_conv import fft_conv as reference
 
 

@@ -5,6 +5,7 @@ import importlib
 from pathlib import Path
 
 import pytest
+
 from harness.emulation import MODE
 from harness.mutations import CLEAN, failure_of
 

@@ -1,11 +1,12 @@
 """4-bit optimizer states: the operators against the reference, on every device."""
 
 import pytest
-import tilewise as tw
 import torch
-from harness.emulation import assert_schedules_agree
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+import tilewise as tw
+from harness.emulation import assert_schedules_agree
 from tilewise.reference import optim as reference
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]

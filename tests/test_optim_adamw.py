@@ -5,10 +5,11 @@ import io
 import pickle
 
 import pytest
-import tilewise as tw
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+import tilewise as tw
 from tilewise.reference import optim as reference
 
 SHAPES = [(64, 80), (130, 33), (5,), (), (0, 3)]

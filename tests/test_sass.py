@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 
 import pytest
+
 from harness.emulation import MODE
 from simt import sass as facts_of
 from tilewise import _C

@@ -1,8 +1,9 @@
 """Linear layers with 2:4 weights against the reference, on every device."""
 
 import pytest
-import tilewise as tw
 import torch
+
+import tilewise as tw
 from harness.emulation import assert_schedules_agree
 from sparse_cases import DTYPES, assert_close, assert_matches_dense, problem
 from tilewise.reference import sparse as reference

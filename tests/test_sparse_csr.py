@@ -1,8 +1,9 @@
 """Linear layers with CSR weights against the reference, on every CPU instruction set; CUDA says that it has none."""
 
 import pytest
-import tilewise as tw
 import torch
+
+import tilewise as tw
 from conftest import _devices
 from sparse_cases import DTYPES, assert_matches_dense, problem
 from tilewise.reference import sparse as reference

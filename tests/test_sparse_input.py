@@ -3,11 +3,12 @@
 import random
 
 import pytest
-import tilewise as tw
 import torch
-from harness.emulation import assert_schedules_agree
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+import tilewise as tw
+from harness.emulation import assert_schedules_agree
 
 OPS = torch.ops.tilewise
 

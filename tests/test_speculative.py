@@ -3,11 +3,12 @@
 import math
 
 import pytest
-import tilewise.speculative as spec
 import torch
-from harness.emulation import assert_schedules_agree
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+import tilewise.speculative as spec
+from harness.emulation import assert_schedules_agree
 from tilewise.reference import speculative as reference
 
 i32 = torch.int32

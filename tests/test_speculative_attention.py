@@ -3,8 +3,9 @@
 import math
 
 import pytest
-import tilewise.speculative as spec
 import torch
+
+import tilewise.speculative as spec
 from harness.emulation import assert_schedules_agree
 from test_speculative import ints, on, paged, random_tree
 from tilewise.reference import speculative as reference

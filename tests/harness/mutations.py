@@ -12,9 +12,8 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from tilewise import _C
-
 from harness.emulation import schedule
+from tilewise import _C
 
 ROOT = Path(__file__).parents[2]
 _FLAGS = {"plain": ["-O1"], "schedules": ["-O1"], "race": ["-O1", "-fsanitize=thread"]}

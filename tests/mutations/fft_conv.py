@@ -1,7 +1,8 @@
 """Seeded bugs in the kernels of the long convolution."""
 
-import tilewise as tw
 import torch
+
+import tilewise as tw
 from harness.mutations import Mutation
 from tilewise.reference.fft_conv import fft_conv as reference
 

@@ -1,7 +1,8 @@
 """Seeded bugs in the optim kernels."""
 
-import tilewise as tw
 import torch
+
+import tilewise as tw
 from harness.mutations import Mutation
 from tilewise.reference import optim as reference
 

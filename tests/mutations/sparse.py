@@ -1,7 +1,8 @@
 """Seeded bugs in the 2:4 kernels."""
 
-import tilewise as tw
 import torch
+
+import tilewise as tw
 from harness.mutations import Mutation
 
 FORWARD, BACKWARD, TILES = (f"sparse/cuda/{name}.h" for name in ("nm_forward", "nm_backward", "tiles"))

@@ -1,7 +1,8 @@
 """Seeded bugs in the speculative kernels."""
 
-import tilewise.speculative as spec
 import torch
+
+import tilewise.speculative as spec
 from harness.mutations import Mutation
 from tilewise.reference import speculative as reference
 

@@ -1,10 +1,11 @@
 """The emulator against what GPUs answered (tests/golden), and the recording itself."""
 
 import emulated
-import golden
 import numpy as np
 import probes
 import pytest
+
+import golden
 
 RECORDED = sorted((emulated.ROOT / "tests" / "golden").glob("*.npz"))
 HOST = golden.Host()

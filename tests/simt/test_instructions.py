@@ -3,12 +3,13 @@
 import ctypes
 
 import emulated
-import golden
 import numpy as np
 import probes
 import pytest
 import wgmma_cases
 from emulated import message, pointer
+
+import golden
 
 HOST = golden.Host()
 

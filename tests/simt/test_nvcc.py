@@ -7,6 +7,7 @@ import sys
 
 import emulated
 import pytest
+
 import sass
 
 needs_nvcc = pytest.mark.skipif(not shutil.which("nvcc"), reason="nvcc is not on PATH")
