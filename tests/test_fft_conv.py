@@ -101,27 +101,25 @@ def check_against_float64(device, shape, dtype, causal, gated=True, skip=True):
     assert_close(names, got, with_gradients(plain_torch, tensors, dy, causal), exact, dtype)
 
 
-@pytest.fixture
-def cpu(device):
-    """The CPU kernels: the CUDA ones serve other sizes, or are too slow under emulation."""
-    if device.kind != "cpu":
-        pytest.skip("for the CPU kernels")
-    return device
+# The CPU kernels alone: the CUDA ones serve other sizes, or are too slow under emulation.
+on_cpu = pytest.mark.devices("cpu")
 
 
 # ---- values ----
+@on_cpu
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "circular"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 @pytest.mark.parametrize("shape", CPU_SHAPES, ids=str)
-def test_any_length(cpu, shape, dtype, causal):
+def test_any_length(device, shape, dtype, causal):
     many_heads = shape[1] >= 12  # one number a head: the largest of a few errors is a lottery
-    check_against_float64(cpu, shape, dtype, causal, skip=many_heads)
+    check_against_float64(device, shape, dtype, causal, skip=many_heads)
 
 
+@on_cpu
 @pytest.mark.parametrize("gated,skip", list(itertools.product([False, True], repeat=2)))
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
-def test_gates_and_skip(cpu, dtype, gated, skip):
-    check_against_float64(cpu, (2, 16, 300, 300), dtype, True, gated, skip)
+def test_gates_and_skip(device, dtype, gated, skip):
+    check_against_float64(device, (2, 16, 300, 300), dtype, True, gated, skip)
 
 
 @pytest.mark.parametrize("length", [1, 16, 100, 257])
@@ -183,7 +181,8 @@ def test_strides(device, dtype):
     assert_bounded(["y", "du", "dk", "dpregate", "dpostgate"], got, exact, dtype)
 
 
-def test_gradients_do_not_depend_on_threads(cpu):
+@on_cpu
+def test_gradients_do_not_depend_on_threads(device):
     tensors, dy = make_inputs((5, 6, 700, 700), torch.float32), torch.randn(5, 6, 700)
     threads = torch.get_num_threads()
     try:
@@ -197,8 +196,9 @@ def test_gradients_do_not_depend_on_threads(cpu):
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
+@on_cpu
 @pytest.mark.parametrize("wanted", [c for n in (1, 2, 3) for c in itertools.combinations(range(5), n)], ids=str)
-def test_only_wanted_gradients(cpu, wanted):
+def test_only_wanted_gradients(device, wanted):
     tensors, dy = make_inputs((2, 16, 50, 50), torch.float32), torch.randn(2, 16, 50)
     leaves = [t.detach().clone().requires_grad_(i in wanted) for i, t in enumerate(tensors)]
     got = torch.autograd.grad(call(tw.fft_conv, leaves, True), [leaves[i] for i in wanted], dy)
@@ -233,7 +233,8 @@ def test_out(device):
         tw.fft_conv(u.requires_grad_(), k, out=out)
 
 
-def test_opcheck(cpu):
+@on_cpu
+def test_opcheck(device):
     tensors = make_inputs((2, 3, 20, 7), torch.float32)
     for given in (tensors, [*tensors[:2], None, None, None]):
         leaves = [None if t is None else t.clone().requires_grad_() for t in given]
@@ -243,8 +244,9 @@ def test_opcheck(cpu):
         torch.library.opcheck(torch.ops.tilewise.fft_conv_backward.default, (tensors[0], *given, True, wanted))
 
 
+@on_cpu
 @pytest.mark.filterwarnings("ignore:Input #. requires gradient and is not a double")
-def test_gradcheck(cpu):
+def test_gradcheck(device):
     """Finite differences of the fp32 kernel itself; the exact comparison is with float64 autograd, above."""
     tensors = [t.requires_grad_() for t in make_inputs((2, 2, 5, 3), torch.float32)]
     for causal in (True, False):
@@ -252,7 +254,8 @@ def test_gradcheck(cpu):
         assert torch.autograd.gradcheck(run, tensors, eps=1e-2, atol=2e-2, rtol=2e-2)
 
 
-def test_compiles_without_graph_breaks(cpu):
+@on_cpu
+def test_compiles_without_graph_breaks(device):
     u, k = torch.randn(2, 3, 40), torch.randn(3, 40)
     compiled = torch.compile(lambda u, k: tw.fft_conv(2 * u, k) + 1, fullgraph=True, backend="aot_eager")
     assert torch.allclose(compiled(u, k), tw.fft_conv(2 * u, k) + 1)

@@ -38,10 +38,7 @@ def dtype_name(dtype):
     return str(dtype).removeprefix("torch.")
 
 
-@pytest.fixture(autouse=True)
-def cuda_only(device):
-    if device.kind == "cpu":
-        pytest.skip("for the CUDA kernels")
+pytestmark = pytest.mark.devices("emulated", "cuda")
 
 
 def make_inputs(shape, dtype, gates=(True, True), skip=True, scale=1.0):
@@ -200,18 +197,16 @@ def test_above_the_largest_size(device):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 @pytest.mark.modes
+@pytest.mark.devices("emulated")
 def test_schedules(device, dtype):
-    if device.kind != "emulated":
-        pytest.skip("for the emulator")
     tensors = make_inputs((5, 1, 200, 200), dtype)
     dy = torch.randn(5, 1, 200).to(dtype)
     assert_schedules_agree(lambda: tuple(with_gradients(tw.fft_conv, tensors, dy, False)))
 
 
 @pytest.mark.modes
+@pytest.mark.devices("emulated")
 def test_schedules_three_factors(device):
-    if device.kind != "emulated":
-        pytest.skip("for the emulator")
     tensors = make_inputs((2, 1, 4096, 16), torch.float16)
     dy = torch.randn(2, 1, 4096).half()
     assert_schedules_agree(lambda: tuple(with_gradients(tw.fft_conv, tensors, dy, True)), count=4)

@@ -56,13 +56,6 @@ def test_out_must_not_overlap(device):
             tw.fft_conv(u, k, out=out)
 
 
-def test_cuda_limit(device):
-    if device.kind == "cpu":
-        pytest.skip("the CPU serves any length")
-    with pytest.raises(NotImplementedError, match="above 16384"):
-        tw.fft_conv(torch.randn(1, 1, 16385, device=device.torch), torch.randn(1, 5, device=device.torch))
-
-
 # ---- thousands of random calls ----
 _DTYPES = [torch.float32] * 6 + [torch.float16, torch.bfloat16, torch.float64, torch.int32]
 

@@ -6,14 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from harness.emulation import MODE
 from harness.mutations import CLEAN, failure_of
 
 FAMILIES = sorted(p.stem for p in (Path(__file__).parent / "mutations").glob("[a-z]*.py"))
 TABLES = {family: importlib.import_module(f"mutations.{family}") for family in FAMILIES}
 CASES = [(family, mutation) for family in FAMILIES for mutation in TABLES[family].MUTATIONS]
-
-pytestmark = pytest.mark.skipif(MODE != "plain", reason="mutants are built for their own mode")
 
 
 @pytest.mark.parametrize("family,mutation", CASES, ids=[f"{f}-{m}" for f, m in CASES])

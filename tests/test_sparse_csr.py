@@ -4,7 +4,6 @@ import pytest
 import torch
 
 import tilewise as tw
-from conftest import _devices
 from sparse_cases import DTYPES, assert_matches_dense, problem
 from tilewise.reference import sparse as reference
 
@@ -21,7 +20,7 @@ SHAPES = [
 ]
 
 
-on_cpu = pytest.mark.parametrize("device", [d for d in _devices() if d.kind == "cpu"], indirect=True, ids=str)
+on_cpu = pytest.mark.devices("cpu")
 
 
 def run_linear(x, weight, bias, dy):

@@ -42,7 +42,10 @@ CLEAN = Mutation("clean", "", "", "", "plain")
 
 @functools.cache
 def _runtime_objects(build: Path) -> list[str]:
-    objects = [str(p) for p in build.glob("**/*.o") if "emulator_runtime.dir" in str(p) or "race_hooks.dir" in str(p)]
+    targets = ("tilewise_emulator_runtime", "tilewise_emulator_race_hooks")
+    sources = sorted((ROOT / "csrc" / "simt" / "emulator").glob("*.cpp"))
+    names = [build / "CMakeFiles" / f"{t}.dir" / f"{s.relative_to(ROOT)}.o" for t in targets for s in sources]
+    objects = [str(name) for name in names if name.exists()]
     if not objects:
         raise FileNotFoundError("the emulator's runtime is not built: run `make build`")
     return objects
