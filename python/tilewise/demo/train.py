@@ -60,7 +60,8 @@ def _schedule(step: int, steps: int) -> float:
 def _new_run(task: Task, backend: type, seed: int) -> Run:
     torch.manual_seed(seed)
     model = task.build(backend)
-    return Run(backend, model, backend.optimizer(model.parameters(), lr=task.learning_rate, weight_decay=0.05))
+    options = {"lr": task.learning_rate, "betas": (0.9, 0.95), "weight_decay": 0.05}
+    return Run(backend, model, backend.optimizer(model.parameters(), **options))
 
 
 def _step(run: Run, windows: torch.Tensor, learning_rate: float) -> None:
