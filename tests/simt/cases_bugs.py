@@ -1,7 +1,8 @@
 """The bug kernels: how to run one, and whether its output is right. Used by test_detectors and test_schedules."""
 
-import emulated
 import numpy as np
+
+import emulated
 from emulated import aligned, message, pointer
 from formats import from_bf16, to_bf16
 

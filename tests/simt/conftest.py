@@ -1,5 +1,6 @@
-import emulated
 import pytest
+
+import emulated
 
 
 @pytest.fixture(scope="session")

@@ -16,8 +16,9 @@ import pathlib
 import subprocess
 import sys
 
-import emulated
 import numpy as np
+
+import emulated
 import probes
 import wgmma_cases
 from emulated import message

@@ -7,8 +7,9 @@ and, for results that are not exact, the absolute error allowed of each as a flo
 from collections.abc import Callable
 from typing import NamedTuple
 
-import formats
 import numpy as np
+
+import formats
 from formats import DECODE, ENCODE, bits32, floats, pack
 
 WORDS = 16

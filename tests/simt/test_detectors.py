@@ -4,9 +4,10 @@ It proves that the detectors are alive. Modes: `plain` is the fixed schedule, `r
 it), `race` the race checker, `asan` AddressSanitizer and UBSan. A mode that is not named may or may not notice.
 """
 
+import pytest
+
 import cases_bugs
 import emulated
-import pytest
 
 WRONG = "wrong result"
 DIVERGENT = "divergent warp collective"

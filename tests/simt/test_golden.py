@@ -1,11 +1,11 @@
 """The emulator against what GPUs answered (tests/golden), and the recording itself."""
 
-import emulated
 import numpy as np
-import probes
 import pytest
 
+import emulated
 import golden
+import probes
 
 RECORDED = sorted((emulated.ROOT / "tests" / "golden").glob("*.npz"))
 HOST = golden.Host()

@@ -2,14 +2,14 @@
 
 import ctypes
 
-import emulated
 import numpy as np
-import probes
 import pytest
+
+import emulated
+import golden
+import probes
 import wgmma_cases
 from emulated import message, pointer
-
-import golden
 
 HOST = golden.Host()
 

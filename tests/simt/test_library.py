@@ -2,8 +2,9 @@
 
 import subprocess
 
-import emulated
 import pytest
+
+import emulated
 
 
 def lines(*command):

@@ -5,9 +5,9 @@ import shutil
 import subprocess
 import sys
 
-import emulated
 import pytest
 
+import emulated
 import sass
 
 needs_nvcc = pytest.mark.skipif(not shutil.which("nvcc"), reason="nvcc is not on PATH")

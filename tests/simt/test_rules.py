@@ -1,6 +1,7 @@
 """Kernels obey the rules of csrc/simt/README.md, and the checker notices when one does not."""
 
 import pytest
+
 import rules
 
 GOOD = """

@@ -2,11 +2,12 @@
 
 import threading
 
+import numpy as np
+import pytest
+
 import cases_bugs
 import emulated
-import numpy as np
 import probes
-import pytest
 from test_instructions import run
 
 PROGRAMS = [(kernel, bug) for kernel in cases_bugs.KERNELS for bug in ("clean",)]

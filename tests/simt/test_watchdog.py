@@ -4,8 +4,9 @@ import re
 import subprocess
 import sys
 
-import emulated
 import pytest
+
+import emulated
 
 CODE = """
 import cases_bugs, emulated

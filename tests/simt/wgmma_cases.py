@@ -1,7 +1,8 @@
 """The wgmma probes: one 64 x N x 64 product each, in small integers, so that every result is exact."""
 
-import emulated
 import numpy as np
+
+import emulated
 from formats import ENCODE
 
 CASES = {  # name: format, N, B is N-major, A is M-major
