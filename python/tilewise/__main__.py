@@ -23,6 +23,7 @@ def _bench(arguments) -> None:
         pattern=arguments.filter,
         json_path=arguments.json,
         plot_path=arguments.plot,
+        markdown_path=arguments.markdown,
         pairs=arguments.pairs,
     )
 
@@ -48,6 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--filter", default="", help="only cases whose name contains this")
     bench.add_argument("--pairs", type=int, default=15, help="alternations per case (default 15)")
     bench.add_argument("--json", help="write the results to this file")
+    bench.add_argument("--markdown", help="write the tables to this Markdown file")
     bench.add_argument("--plot", help="write a bar chart to this PNG file")
     bench.set_defaults(run=_bench)
 

@@ -121,8 +121,10 @@ def measure_family(family: str, device: torch.device, rates: Rates, pattern="", 
     return {"family": family, "machine": machine, "rates": asdict(rates), "results": rows}
 
 
-def run(families, device="cpu", threads=1, pattern="", json_path=None, plot_path=None, pairs=15) -> list[dict]:
-    """Runs the cases of ``families`` whose name contains ``pattern``; prints tables, optionally writes JSON and PNG."""
+def run(
+    families, device="cpu", threads=1, pattern="", json_path=None, plot_path=None, markdown_path=None, pairs=15
+) -> list[dict]:
+    """Runs the cases of ``families`` whose name contains ``pattern``; prints tables and writes the files asked for."""
     from rich.console import Console
     from rich.progress import Progress
 
@@ -138,6 +140,9 @@ def run(families, device="cpu", threads=1, pattern="", json_path=None, plot_path
         console.print(_table(report[-1]))
     if json_path:
         Path(json_path).write_text(json.dumps(report, indent=1) + "\n")
+    if markdown_path:
+        command = f"tilewise bench {' '.join(families)} --device {device} --threads {threads}"
+        Path(markdown_path).write_text(markdown(report, command))
     if plot_path:
         plot(report, plot_path)
     return report
