@@ -101,6 +101,8 @@ def plot(report: list[dict], path: str) -> None:
         axes.text(r["ratio"], y, f" {r['ratio']:.2f}", va="center", fontsize=8)
         if r["target"]:
             axes.plot([r["target"]] * 2, [y - 0.4, y + 0.4], color="#e67e22", linewidth=2)
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:g}")
     axes.axvline(1, color="grey", linewidth=0.8)
     axes.set_yticks(range(len(rows)), [name for name, _ in rows], fontsize=8)
     axes.invert_yaxis()
