@@ -105,6 +105,7 @@ def plot(report: list[dict], path: str) -> None:
     axes.xaxis.set_major_formatter("{x:g}")
     axes.axvline(1, color="grey", linewidth=0.8)
     axes.set_yticks(range(len(rows)), [name for name, _ in rows], fontsize=8)
+    axes.margins(y=0.005)
     axes.invert_yaxis()
     machine = report[0]["machine"]
     axes.set_xlabel("times faster than torch (orange: promised)")
