@@ -77,12 +77,10 @@ inline void csr_panel(const CsrTiles& tiles, const CsrEntries& entries, const fl
     for (int32_t i = ptr[0]; i < ptr[1]; i++) {
       const CsrRecord& r = tiles.records[i];
       float* sum = sums + (r.row - block * kCsrRowBlock) * kWidth;
-      VF acc[V];
-#pragma GCC unroll 8
-      for (int j = 0; j < V; j++) acc[j] = load(sum + j * W);
+      VF acc[V] = {};  // from zero in every tile: short chains of roundings
       add_lines<V>(acc, entries.values + r.position, entries.offsets + r.position, r.count, lines);
 #pragma GCC unroll 8
-      for (int j = 0; j < V; j++) store(sum + j * W, acc[j]);
+      for (int j = 0; j < V; j++) store(sum + j * W, load(sum + j * W) + acc[j]);
     }
   }
 }
@@ -115,6 +113,7 @@ const char* csr_many_rows(const CsrForwardParams& p, const Runtime& rt) {
 }
 
 // ---- few rows: a dot product per output, x gathered by column ----
+constexpr int64_t kCsrChain = 32;  // additions before a sum starts again from zero: rounding grows with their number
 
 TILEWISE_INLINE VF gather(const float* p, VI at) {
 #if defined(__AVX512F__)
@@ -128,25 +127,33 @@ TILEWISE_INLINE VF gather(const float* p, VI at) {
 #endif
 }
 
+// y[r] += entries [e, stop) of W times row r of x; the sum starts from zero.
+template <class T, int R>
+TILEWISE_INLINE void csr_dot(const CsrForwardParams& p, const float* x, int64_t e, int64_t stop, float (&y)[R]) {
+  const T* values = static_cast<const T*>(p.values);
+  VF acc[R] = {};
+  for (; !p.order && e + W <= stop; e += W) {
+    const VF v = load(values + e);
+    const VI at = load(p.col + e);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++) acc[r] += v * gather(x + r * p.in, at);
+  }
+  float sum[R];
+  for (int r = 0; r < R; r++) sum[r] = reduce_add(acc[r]);
+  for (; e < stop; e++) {
+    const float v = to_float(values[p.order ? p.order[e] : e]);
+    for (int r = 0; r < R; r++) sum[r] += v * x[r * p.in + p.col[e]];
+  }
+  for (int r = 0; r < R; r++) y[r] += sum[r];
+}
+
 template <class T, int R>
 inline void csr_dots(const CsrForwardParams& p, const float* x, int64_t begin, int64_t end) {
-  const T* values = static_cast<const T*>(p.values);
+  const int64_t chain = p.order ? kCsrChain : kCsrChain * W;
   for (int64_t o = begin; o < end; o++) {
-    VF acc[R] = {};
-    int32_t e = p.crow[o];
-    const int32_t stop = p.crow[o + 1];
-    for (; !p.order && e + W <= stop; e += W) {
-      const VF v = load(values + e);
-      const VI at = load(p.col + e);
-#pragma GCC unroll 8
-      for (int r = 0; r < R; r++) acc[r] += v * gather(x + r * p.in, at);
-    }
-    float y[R];
-    for (int r = 0; r < R; r++) y[r] = reduce_add(acc[r]);
-    for (; e < stop; e++) {
-      const float v = to_float(values[p.order ? p.order[e] : e]);
-      for (int r = 0; r < R; r++) y[r] += v * x[r * p.in + p.col[e]];
-    }
+    const int64_t stop = p.crow[o + 1];
+    float y[R] = {};
+    for (int64_t e = p.crow[o]; e < stop; e += chain) csr_dot<T>(p, x, e, min_of(stop, e + chain), y);
     const float bias = p.bias ? to_float(static_cast<const T*>(p.bias)[o]) : 0.f;
     for (int r = 0; r < R && r < p.rows; r++) static_cast<T*>(p.y)[r * p.out + o] = from_float<T>(y[r] + bias);
   }

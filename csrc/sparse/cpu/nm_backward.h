@@ -72,13 +72,9 @@ TILEWISE_INLINE void add_pattern(VF (&acc)[4][kGroupVectors], const GroupPlan& p
   }
 }
 
-// dx [4, width] of one group += one block of outputs.
+// dx [4, width] of one group += one block of outputs, which is summed from zero: short chains of roundings.
 inline void add_group(float* dx, const GroupPlan& plan, const float* lines, bool fresh) {
-  VF acc[4][kGroupVectors];
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; i++)
-#pragma GCC unroll 4
-    for (int j = 0; j < kGroupVectors; j++) acc[i][j] = fresh ? VF{} : load(dx + i * kGroupWidth + j * W);
+  VF acc[4][kGroupVectors] = {};
   add_pattern<0, 1>(acc, plan, 0, plan.ends[0], lines);
   add_pattern<0, 2>(acc, plan, plan.ends[0], plan.ends[1], lines);
   add_pattern<0, 3>(acc, plan, plan.ends[1], plan.ends[2], lines);
@@ -88,7 +84,10 @@ inline void add_group(float* dx, const GroupPlan& plan, const float* lines, bool
 #pragma GCC unroll 4
   for (int i = 0; i < 4; i++)
 #pragma GCC unroll 4
-    for (int j = 0; j < kGroupVectors; j++) store(dx + i * kGroupWidth + j * W, acc[i][j]);
+    for (int j = 0; j < kGroupVectors; j++) {
+      float* at = dx + i * kGroupWidth + j * W;
+      store(at, fresh ? acc[i][j] : load(at) + acc[i][j]);
+    }
 }
 
 template <class T>
@@ -156,24 +155,31 @@ inline void few_columns(const NmGradInputParams& p, const float* dy, T* dx, int6
   const int64_t row_bytes = ceil_div(p.in, 8), half = p.in / 2,
                 vectors = min_of<int64_t>(kFewTile, ceil_div(p.in - k0, W));
   VF acc[R][kFewTile] = {};
-  for (int64_t o = 0; o < p.out; o++) {
-    const T* values = static_cast<const T*>(p.values) + o * half + k0 / 2;
-    const uint8_t* indices = p.indices + o * row_bytes + k0 / 8;
-    __builtin_prefetch(values + kAhead * half);
-    __builtin_prefetch(values + kAhead * half + kFewTile * W / 2 - 1);
-    __builtin_prefetch(indices + kAhead * row_bytes);
-    VF w[kFewTile];
+  for (int64_t o = 0; o < p.out;) {
+    VF chain[R][kFewTile] = {};
+    for (const int64_t stop = min_of(p.out, o + kOutBlock); o < stop; o++) {
+      const T* values = static_cast<const T*>(p.values) + o * half + k0 / 2;
+      const uint8_t* indices = p.indices + o * row_bytes + k0 / 8;
+      __builtin_prefetch(values + kAhead * half);
+      __builtin_prefetch(values + kAhead * half + kFewTile * W / 2 - 1);
+      __builtin_prefetch(indices + kAhead * row_bytes);
+      VF w[kFewTile];
 #pragma GCC unroll 4
-    for (int c = 0; c < kFewTile; c++) {
-      const int64_t k = k0 + c * W;
-      w[c] = c < vectors ? spread(values + c * W / 2, indices + c * W / 8, k, (p.in - k) / 2) : VF{};
+      for (int c = 0; c < kFewTile; c++) {
+        const int64_t k = k0 + c * W;
+        w[c] = c < vectors ? spread(values + c * W / 2, indices + c * W / 8, k, (p.in - k) / 2) : VF{};
+      }
+#pragma GCC unroll 4
+      for (int r = 0; r < R; r++) {
+        const VF d = set1(dy[r * p.out + o]);
+#pragma GCC unroll 4
+        for (int c = 0; c < kFewTile; c++) chain[r][c] += d * w[c];
+      }
     }
 #pragma GCC unroll 4
-    for (int r = 0; r < R; r++) {
-      const VF d = set1(dy[r * p.out + o]);
+    for (int r = 0; r < R; r++)
 #pragma GCC unroll 4
-      for (int c = 0; c < kFewTile; c++) acc[r][c] += d * w[c];
-    }
+      for (int c = 0; c < kFewTile; c++) acc[r][c] += chain[r][c];
   }
   for (int r = 0; r < R; r++)
     for (int c = 0; c < vectors; c++) store(dx + r * p.in + k0 + c * W, acc[r][c], p.in - k0 - c * W);
@@ -264,19 +270,25 @@ const char* nm_grad_values(const NmGradValuesParams& p, const Runtime& rt) {
 }
 
 // ---- dbias ----
+// The sum of W columns, halves first: rounding grows with the logarithm of the number of rows.
+template <class T>
+VF sum_rows(const T* dy, int64_t stride, int64_t rows, int64_t columns) {
+  constexpr int64_t kShort = 16;
+  if (rows > kShort) {
+    const int64_t half = rows / 2;
+    return sum_rows(dy, stride, half, columns) + sum_rows(dy + half * stride, stride, rows - half, columns);
+  }
+  VF sum = {};
+  for (int64_t r = 0; r < rows; r++) sum += load(dy + r * stride, columns);
+  return sum;
+}
+
 template <class T>
 const char* column_sum(const ColumnSumParams& p, const Runtime& rt) {
   parallel_for(rt, ceil_div(p.out, W), 8192 / (p.rows + 1) + 1, [&](int64_t begin, int64_t end) {
     for (int64_t o = begin * W; o < min_of(end * W, p.out); o += W) {
       const int64_t n = min_of<int64_t>(W, p.out - o);
-      VF total = {};
-      for (int64_t first = 0; first < p.rows; first += 32) {  // two levels: rounding grows with 32 + rows / 32
-        VF part = {};
-        for (int64_t r = first; r < min_of(p.rows, first + 32); r++)
-          part += load(static_cast<const T*>(p.dy) + r * p.dy_stride + o, n);
-        total += part;
-      }
-      store(static_cast<T*>(p.total) + o, total, n);
+      store(static_cast<T*>(p.total) + o, sum_rows(static_cast<const T*>(p.dy) + o, p.dy_stride, p.rows, n), n);
     }
   });
   return nullptr;

@@ -12,6 +12,7 @@ constexpr int64_t kPanelWidth = kPanelVectors * W;
 constexpr int64_t kTileColumns = 8192 / kPanelWidth;  // a tile of the panel takes 32 KB
 constexpr int64_t kTileKept = kTileColumns / 2;
 constexpr int64_t kRowBlock = 128;  // outputs whose sums wait in the second-level cache
+constexpr int64_t kChain = 32;      // vectors that a dot product adds up before it starts again from zero
 
 // The 2-bit indices of W kept values from `groups` groups on; `bytes` is what may be read there.
 TILEWISE_INLINE VI unpack_indices(const uint8_t* indices, int64_t bytes) {
@@ -56,12 +57,10 @@ inline void nm_panel(const NmForwardParams& p, const float* panel, float* sums, 
       const float* values = as_floats(static_cast<const T*>(p.values) + ((o0 + o) * p.in + k) / 2, kept, buffer);
       line_offsets(offsets, p.indices + (o0 + o) * row_bytes + k / 8, kept, kPanelWidth);
       float* sum = sums + o * kPanelWidth;
-      VF acc[V];
-#pragma GCC unroll 8
-      for (int j = 0; j < V; j++) acc[j] = k ? load(sum + j * W) : VF{};
+      VF acc[V] = {};  // from zero in every tile: rounding errors grow with the length of a chain of additions
       add_lines<V>(acc, values, offsets, kept, panel + k * kPanelWidth);
 #pragma GCC unroll 8
-      for (int j = 0; j < V; j++) store(sum + j * W, acc[j]);
+      for (int j = 0; j < V; j++) store(sum + j * W, k ? load(sum + j * W) + acc[j] : acc[j]);
     }
   }
 }
@@ -120,12 +119,17 @@ inline void nm_dot(const NmForwardParams& p, const float* x, int64_t padded, int
   const uint8_t* indices = p.indices + o * row_bytes;
   const VI group = iota() / 2 * 4;
   VF acc[R] = {};
-  for (int64_t e = 0; e < whole; e += W) {
-    const VI at = unpack_indices(indices + e / 4) + group;
-    const VF v = load(values + e);
+  for (int64_t e = 0; e < whole;) {
+    VF chain[R] = {};
+    for (const int64_t stop = min_of(whole, e + kChain * W); e < stop; e += W) {
+      const VI at = unpack_indices(indices + e / 4) + group;
+      const VF v = load(values + e);
 #pragma GCC unroll 8
-    for (int r = 0; r < R; r++)
-      acc[r] += v * look_up(load(x + r * padded + 2 * e), load(x + r * padded + 2 * e + W), at);
+      for (int r = 0; r < R; r++)
+        chain[r] += v * look_up(load(x + r * padded + 2 * e), load(x + r * padded + 2 * e + W), at);
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++) acc[r] += chain[r];
   }
   if (whole < kept) {
     const VI at = unpack_indices(indices + whole / 4, row_bytes - whole / 4) + group;
