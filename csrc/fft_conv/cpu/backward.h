@@ -49,7 +49,8 @@ inline void backward_head(const BackwardParams& p, const Plan& plan, int64_t h, 
   const ForwardParams& f = p.forward;
   float *g = buffers.transform[0], *x = buffers.transform[1], *k = buffers.transform[2], *sum = buffers.transform[3];
   const bool wants_dx = p.du || p.dpregate;
-  GradientJob job = {g, x, k, sum, wants_dx, p.dk != nullptr, p.dpostgate != nullptr, true, false};
+  float* total = f.batch > kBatchChain ? buffers.transform[4] : sum;
+  GradientJob job = {g, x, k, sum, total, wants_dx, p.dk != nullptr, p.dpostgate != nullptr, 0, f.batch};
   double dskip = 0;
   if (job.needs_k()) first_pass(plan, filter_row(f, h), k);
   for (int64_t b = 0; b < f.batch; b++) {
@@ -57,14 +58,13 @@ inline void backward_head(const BackwardParams& p, const Plan& plan, int64_t h, 
     if (p.dskip) dskip += dot<T>(gradient, input);
     if (job.needs_g()) first_pass(plan, gradient, g);
     if (job.needs_x()) first_pass(plan, input, x);
-    job.first = b == 0;
-    job.last = b == f.batch - 1;
+    job.row = b;
     walk(plan, job);
     if (job.wants_dx) finish_dx<T>(p, plan, b, h, g, buffers.planar);
     if (job.wants_product) finish_dpostgate<T>(p, plan, b, h, x, buffers.planar);
   }
   if (p.dskip) p.dskip[h] = float(dskip);
-  if (p.dk) finish_dk(p, plan, h, sum, buffers.planar);
+  if (p.dk) finish_dk(p, plan, h, total, buffers.planar);
 }
 
 template <class T>
@@ -73,7 +73,7 @@ inline const char* backward_typed(const BackwardParams& p, const Plan& plan, con
   const int64_t heads_per_task = max_of<int64_t>(1, rows_per_task(plan) / max_of<int64_t>(1, p.forward.batch));
   parallel_for(rt, p.forward.heads, heads_per_task, [&](int64_t begin, int64_t end) {
     Buffers buffers;
-    if (!buffers.allocate(rt, plan, 4, !p.forward.causal)) {
+    if (!buffers.allocate(rt, plan, p.forward.batch > kBatchChain ? 5 : 4, !p.forward.causal)) {
       __atomic_store_n(&failed, 1, __ATOMIC_RELAXED);
       return;
     }

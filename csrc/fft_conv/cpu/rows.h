@@ -34,7 +34,7 @@ inline void complete(const ForwardParams& p, int64_t h, const Signal& bypass, Si
 
 // `count` transform buffers, and one more for both parts of a result when the convolution is circular.
 struct Buffers {
-  static constexpr int kMax = 4;
+  static constexpr int kMax = 5;
   float* transform[kMax] = {};
   float* planar = nullptr;
 

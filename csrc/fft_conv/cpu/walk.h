@@ -87,35 +87,48 @@ struct InverseJob {
 
 // The backward products of one row of a head's batch, those that are wanted:
 //   g -> g corr k        sum of G conj(X) over the batch -> sum of g corr x        x -> x conv k
-// The first row takes the filter's transform along, the last one the inverse of the sum.
+// The first row takes the filter's transform along, the last one the inverse of the sum. `sum` starts from zero every
+// kBatchChain rows and is then added to `total` (the same buffer where there are no more rows): short chains of
+// roundings.
+constexpr int64_t kBatchChain = 16;
+
 struct GradientJob {
-  float *g, *x, *k, *sum;
-  bool wants_dx, wants_dk, wants_product, first, last;
+  float *g, *x, *k, *sum, *total;
+  bool wants_dx, wants_dk, wants_product;
+  int64_t row, rows;
 
   void before(int radix, int64_t at, int64_t m, const float* w) const {
-    if (first && needs_k()) FilterJob{k}.before(radix, at, m, w);
+    if (first() && needs_k()) FilterJob{k}.before(radix, at, m, w);
     if (needs_g()) node_pass<false>(radix, g + at, m, w);
     if (needs_x()) node_pass<false>(radix, x + at, m, w);
   }
   void after(int radix, int64_t at, int64_t m, const float* w) const {
     if (wants_dx) node_pass<true>(radix, g + at, m, w);
     if (wants_product) node_pass<true>(radix, x + at, m, w);
-    if (last && wants_dk) InverseJob{sum}.after(radix, at, m, w);
+    if (last() && wants_dk) InverseJob{total}.after(radix, at, m, w);
   }
   void at_leaf(const Plan& plan, int64_t at, const float* w) const {
-    if (first && needs_k()) FilterJob{k}.at_leaf(plan, at, w);
-    if (first && wants_dk) __builtin_memset(sum + at, 0, 2 * kLeaf * sizeof(float));
+    if (first() && needs_k()) FilterJob{k}.at_leaf(plan, at, w);
+    if (wants_dk && row % kBatchChain == 0) __builtin_memset(sum + at, 0, 2 * kLeaf * sizeof(float));
     if (needs_x()) x_leaf(plan, at, w);
     if (needs_g()) g_leaf(plan, at, w);
     if (wants_product) product_leaf(plan, at, w);
-    if (last && wants_dk) InverseJob{sum}.at_leaf(plan, at, w);
+    if (wants_dk && (row % kBatchChain == kBatchChain - 1 || last())) add_to_total(at);
+    if (last() && wants_dk) InverseJob{total}.at_leaf(plan, at, w);
   }
 
+  bool first() const { return row == 0; }
+  bool last() const { return row == rows - 1; }
   bool needs_k() const { return wants_dx || wants_product; }
   bool needs_g() const { return wants_dx || wants_dk; }
   bool needs_x() const { return wants_dk || wants_product; }
 
  private:
+  void add_to_total(int64_t at) const {
+    if (total == sum) return;
+    for (int64_t i = at; i < at + 2 * kLeaf; i += W)
+      store(total + i, row < kBatchChain ? load(sum + i) : load(total + i) + load(sum + i));
+  }
   void x_leaf(const Plan& plan, int64_t at, const float* w) const {
     leaf<true, false>(plan, w, x + at, [&](int o, Complex t) TILEWISE_LAMBDA {
       store_complex(x + at + o, t);
