@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import tilewise as tw
+from harness.judge import assert_accurate, doubled, draws, relative, yardsticks
 from tilewise.reference.fft_conv import fft_conv as reference
 
 NAMES = ("u", "k", "pregate", "postgate", "skip")
@@ -68,37 +69,23 @@ def with_gradients(function, tensors, dy, causal):
     return [y.detach(), *torch.autograd.grad(y, given, dy.to(y.dtype))]
 
 
-def double(tensors):
-    return [None if t is None else t.double() for t in tensors]
-
-
-def relative(got, expected):
-    return ((got.double().cpu() - expected).norm() / expected.norm()).item()
-
-
-def assert_close(names, got, plain, exact, dtype):
-    """The relative L2 bound, and at most 2x (output) or 3x (gradients) the largest error of plain torch."""
-    assert_bounded(names, got, exact, dtype)
-    for i, (name, a, t, e) in enumerate(zip(names, got, plain, exact, strict=True)):
-        ours, torchs = (a.double().cpu() - e).abs().max(), (t.double() - e).abs().max()
-        floor = torch.finfo(t.dtype).eps * e.abs().max()  # one rounding: torch can be exact by luck
-        assert ours <= (3 if i else 2) * torchs + floor, f"{name}: max error {ours:.2e}, torch {torchs:.2e}"
-
-
 def assert_bounded(names, got, exact, dtype):
     for name, a, e in zip(names, got, exact, strict=True):
         assert relative(a, e) <= BOUND[dtype], f"{name}: relative L2 {relative(a, e):.2e}"
 
 
 def check_against_float64(device, shape, dtype, causal, gated=True, skip=True):
+    """At most 2x (output) or 3x (gradients) the error of plain torch."""
     tensors = make_inputs(shape, dtype, gated, skip)
     dy = torch.randn(shape[:3]).to(dtype)
-    exact = with_gradients(reference, double(tensors), dy, causal)
     there = [None if t is None else t.to(device.torch) for t in tensors]
     got = with_gradients(tw.fft_conv, there, dy.to(device.torch), causal)
     names = ["y"] + ["d" + n for n, t in zip(NAMES, tensors, strict=True) if t is not None]
     assert got[0].dtype == dtype and got[2].dtype == torch.float32
-    assert_close(names, got, with_gradients(plain_torch, tensors, dy, causal), exact, dtype)
+    plain, exact = (lambda *t, f=f: with_gradients(f, t[:-1], t[-1], causal) for f in (plain_torch, reference))
+    rulers = yardsticks([plain], [*tensors, dy], draws(min(t.numel() for t in got)), exact)
+    for name, ours, ruler in zip(names, got, rulers, strict=True):
+        assert_accurate(name, ours, ruler, 2 if name == "y" else 3)
 
 
 # The CPU kernels alone: the CUDA ones serve other sizes, or are too slow under emulation.
@@ -177,7 +164,7 @@ def test_strides(device, dtype):
     leaves = [t if t is None else t.detach().requires_grad_() for t in tensors]
     y = call(tw.fft_conv, leaves, True)
     got = [y, *torch.autograd.grad(y, leaves[:4], dy)]
-    exact = with_gradients(reference, double([t if t is None else t.cpu() for t in tensors]), dy.cpu(), True)
+    exact = with_gradients(reference, doubled([t if t is None else t.cpu() for t in tensors]), dy.cpu(), True)
     assert_bounded(["y", "du", "dk", "dpregate", "dpostgate"], got, exact, dtype)
 
 
@@ -202,7 +189,7 @@ def test_only_wanted_gradients(device, wanted):
     tensors, dy = make_inputs((2, 16, 50, 50), torch.float32), torch.randn(2, 16, 50)
     leaves = [t.detach().clone().requires_grad_(i in wanted) for i, t in enumerate(tensors)]
     got = torch.autograd.grad(call(tw.fft_conv, leaves, True), [leaves[i] for i in wanted], dy)
-    exact = with_gradients(reference, double(tensors), dy, True)
+    exact = with_gradients(reference, doubled(tensors), dy, True)
     assert_bounded([NAMES[i] for i in wanted], got, [exact[1 + i] for i in wanted], torch.float32)
 
 

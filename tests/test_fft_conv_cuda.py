@@ -10,6 +10,7 @@ import torch
 
 import tilewise as tw
 from harness.emulation import assert_schedules_agree
+from harness.judge import relative
 from tilewise.reference.fft_conv import fft_conv as reference
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -62,10 +63,6 @@ def with_gradients(function, tensors, dy, causal):
 
 def to(tensors, *args):
     return [None if t is None else t.to(*args) for t in tensors]
-
-
-def relative(got, expected, size=0.0):
-    return ((got.double().cpu() - expected).norm() / max(expected.norm(), size)).item()
 
 
 def dskip_size(tensors, dy):

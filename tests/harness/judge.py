@@ -1,13 +1,113 @@
-"""How large plain torch's own error is, when outputs have too few elements for one evaluation to tell."""
+"""The one judge of all accuracy tests: an operator's errors against float64, beside those of plain torch in its dtype.
+
+The largest error of one evaluation by torch is a matter of luck where outputs are few, have heavy tails or share a
+rounding. So torch is also evaluated on problems like the given one: numbers of the same size under random signs, so
+that what is rounded has the same size too, and torch's errors are further draws from the same distribution. An
+operator passes when, on the problem itself,
+
+* its largest error is at most ``factor`` times torch's largest (2 for outputs, 3 for gradients),
+* its root mean square error is at most ``factor`` times torch's, and
+* its relative L2 error is below ``RELATIVE``, whatever torch does: an all-zero output has 1.
+
+Two floors stand under torch's error, which can be zero by construction. A result is never expected to be closer than
+one rounding to its dtype: half an ulp of its largest value, and of its root mean square. And a gradient that is zero
+because equal terms cancel (attention to a single key) may keep ``CANCELLED``, 16 float32 roundings of terms of order
+one; this floor holds only where the exact result is zero everywhere.
+"""
+
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 
+RELATIVE = 0.02
+CANCELLED = 2.0**-20
 
-def head_dim_orders(dim: int, elements: int) -> list[torch.Tensor]:
-    """Orders in which to sum a head dimension: each is another, equivalent evaluation with its own rounding errors.
 
-    The largest error of one evaluation of a few hundred elements is a matter of luck; there are as many orders as make
-    it about that of some thousands. The first is the usual one.
+def draws(independent: int) -> int:
+    """How many problems to evaluate torch on, for an output with so many independent errors."""
+    return min(32, max(8, 2048 // max(1, independent)))
+
+
+def redrawn(tensors):
+    """Numbers of the same size, within 1/16, under random signs; what is not floating-point stays as it is."""
+    return [t * _near_one(t) if torch.is_tensor(t) and t.is_floating_point() else t for t in tensors]
+
+
+def _near_one(t):
+    signs = torch.randint(0, 2, t.shape, device=t.device) * 2 - 1
+    return (signs * (1 + (torch.rand(t.shape, device=t.device) - 0.5) / 8)).to(t.dtype)
+
+
+def doubled(tensors):
+    return [t.double() if torch.is_tensor(t) and t.is_floating_point() else t for t in tensors]
+
+
+@dataclass
+class Yardstick:
+    """What one output is measured by: its value in float64, and torch's errors on the problem and on others like it."""
+
+    exact: torch.Tensor
+    errors: list[torch.Tensor]
+
+
+def yardsticks(plains, tensors, count: int, exact=None) -> list[Yardstick]:
+    """One per output of ``plains``, functions of the tensors in plain torch that may each be the better one.
+
+    ``exact`` is the function to evaluate in float64, the first of ``plains`` if not given.
     """
-    count = min(32, max(4, 8192 // max(1, elements)))
-    return [torch.arange(dim), torch.arange(dim).flip(0), *(torch.randperm(dim) for _ in range(count - 2))]
+    with _one_thread():
+        problems = [tensors, *(redrawn(tensors) for _ in range(count - 1))]
+        exacts = [(exact or plains[0])(*doubled(problem)) for problem in problems]
+        errors = [
+            [_flat(t) - _flat(e) for t, e in zip(plain(*problem), right, strict=True)]
+            for problem, right in zip(problems, exacts, strict=True)
+            for plain in plains
+        ]
+    return [Yardstick(right, of) for right, *of in zip(exacts[0], *errors, strict=True)]
+
+
+@contextmanager
+def _one_thread():
+    """Problems are too small to share, and waiting for a busy core takes longer than they do."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _flat(t):
+    return t.detach().double().cpu().flatten()
+
+
+def relative(got, exact, size=0.0) -> float:
+    """The relative L2 error; ``size`` is what the norm of the exact result is at least taken to be."""
+    return float((_flat(got) - _flat(exact)).norm() / max(exact.norm().cpu(), size))
+
+
+def ratios(got, yardstick: Yardstick, factor):
+    """What each bound is used up by: at most 1, or the operator is wrong. NaN anywhere gives NaN."""
+    unit = torch.finfo(got.dtype).eps / 2
+    got, exact = _flat(got), _flat(yardstick.exact)
+    if exact.norm() == 0:
+        allowed = factor * max(CANCELLED, *(e.abs().max() for e in yardstick.errors))
+        return {"largest error": float(got.abs().max() / allowed)}
+    found = {"relative L2 error": relative(got, exact) / RELATIVE}
+    for bound, order in (("largest error", torch.inf), ("root mean square error", 2)):
+        size = partial(torch.linalg.vector_norm, ord=order)
+        allowed = factor * max(unit * size(exact), *map(size, yardstick.errors))
+        found[bound] = float(size(got - exact) / allowed)
+    return found
+
+
+def assert_accurate(name, got, yardstick: Yardstick, factor):
+    """``factor`` is 2 for outputs and 3 for gradients."""
+    expected = tuple(yardstick.exact.shape)
+    assert tuple(got.shape) == expected, f"{name}: shape {tuple(got.shape)}, expected {expected}"
+    if not got.numel():
+        return
+    for bound, used in ratios(got, yardstick, factor).items():
+        assert used <= 1, f"{name}: {bound} is {used:.3g} times what is allowed"
