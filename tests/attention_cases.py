@@ -112,7 +112,7 @@ def judge(kernel, plain, tensors, dout, dtype):
         return evaluate
 
     ways = [evaluated(plain), evaluated(flash(plain))]
-    rulers = yardsticks(ways, [*tensors, dout], draws(lse.numel()))  # a row shares the rounding of its lse
+    rulers = yardsticks(ways, [*tensors, dout], draws(8 * lse.numel()))
     for name, factor, got, ruler in zip(
         ("out", "dq", "dk", "dv"), (2, 3, 3, 3), (out, *gradients), rulers, strict=True
     ):

@@ -50,7 +50,7 @@ def check(device, q, pages, table, prefix, parent, n_nodes, **options):
     out, lse = attend(device, q, pages, table, prefix, parent, n_nodes, return_lse=True, **options)
     where = (table, prefix, ancestors_of(parent, n_nodes), options.get("scale"))
     plain = lambda q, pages: reference.tree_attention(q, pages[0], pages[1], *where)[:1]  # noqa: E731
-    assert_accurate("out", out, *yardsticks([plain], [q, pages], draws(lse.numel())), 2)
+    assert_accurate("out", out, *yardsticks([plain], [q, pages], draws(8 * lse.numel())), 2)
     _, exact_lse = reference.tree_attention(q.double(), *pages.double(), *where)
     assert_lse_close(lse, exact_lse)
     assert not out.cpu()[exact_lse == -math.inf].any()

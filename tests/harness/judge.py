@@ -27,7 +27,7 @@ CANCELLED = 2.0**-20
 
 def draws(independent: int) -> int:
     """How many problems to evaluate torch on, for an output with so many independent errors."""
-    return min(32, max(8, 2048 // max(1, independent)))
+    return min(32, max(8, 16384 // max(1, independent)))
 
 
 def redrawn(tensors):

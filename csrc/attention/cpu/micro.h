@@ -44,6 +44,17 @@ TILEWISE_INLINE void multiply(VF (&acc)[M][N], int depth, const float* a, int64_
   constexpr int kChains = max_of(1, min_of(4, kRows * kVectors / (M * N)));
   const int64_t across = kByRow ? lda : 1, along = kByRow ? 1 : lda;
   int k = 0;
+  if constexpr (W == 4) {  // no FMA: every term is rounded twice, so sums restart sooner
+    constexpr int kShort = 16;
+    for (; k + kShort < depth; k += kShort) {
+      VF part[M][N] = {};
+      for (int i = 0; i < kShort; i++, a += along, b += ldb) multiply_step(part, a, across, b);
+#pragma GCC unroll 8
+      for (int m = 0; m < M; m++)
+#pragma GCC unroll 8
+        for (int v = 0; v < N; v++) acc[m][v] += part[m][v];
+    }
+  }
   if constexpr (kChains > 1) {
     VF chains[kChains][M][N] = {};
     for (; k + kChains <= depth; k += kChains, a += kChains * along, b += kChains * ldb)

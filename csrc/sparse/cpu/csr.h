@@ -138,13 +138,12 @@ TILEWISE_INLINE void csr_dot(const CsrForwardParams& p, const float* x, int64_t 
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++) acc[r] += v * gather(x + r * p.in, at);
   }
-  float sum[R];
-  for (int r = 0; r < R; r++) sum[r] = reduce_add(acc[r]);
+  float rest[R] = {};
   for (; e < stop; e++) {
     const float v = to_float(values[p.order ? p.order[e] : e]);
-    for (int r = 0; r < R; r++) sum[r] += v * x[r * p.in + p.col[e]];
+    for (int r = 0; r < R; r++) rest[r] += v * x[r * p.in + p.col[e]];
   }
-  for (int r = 0; r < R; r++) y[r] += sum[r];
+  for (int r = 0; r < R; r++) y[r] += reduce_add(acc[r]) + rest[r];
 }
 
 template <class T, int R>
