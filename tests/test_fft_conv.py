@@ -83,7 +83,9 @@ def check_against_float64(device, shape, dtype, causal, gated=True, skip=True):
     names = ["y"] + ["d" + n for n, t in zip(NAMES, tensors, strict=True) if t is not None]
     assert got[0].dtype == dtype and got[2].dtype == torch.float32
     plain, exact = (lambda *t, f=f: with_gradients(f, t[:-1], t[-1], causal) for f in (plain_torch, reference))
-    rulers = yardsticks([plain], [*tensors, dy], draws(min(t.numel() for t in got)), exact)
+    # Gates make heavy tails: the largest error is that of a few elements, so small problems are drawn more often.
+    count = max(draws(min(t.numel() for t in got)), min(128, 2**19 // max(1, got[0].numel())))
+    rulers = yardsticks([plain], [*tensors, dy], count, exact)
     for name, ours, ruler in zip(names, got, rulers, strict=True):
         assert_accurate(name, ours, ruler, 2 if name == "y" else 3)
 
