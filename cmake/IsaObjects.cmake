@@ -1,5 +1,6 @@
 # One source, compiled once per CPU instruction set and kept apart from all other code.
-# tilewise_add_isa_objects(<target> <family> <source>) adds the objects and TILEWISE_HAS_<ISA> definitions to <target>.
+# tilewise_add_isa_objects(<target> <family> <folder>) adds the objects of <folder>/kernels.cpp to <target>, and those of
+# <folder>/amx.cpp for the kernels of a family that have a version for AMX tiles.
 
 set(TILEWISE_ISAS generic)
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
@@ -8,10 +9,19 @@ if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
   set(TILEWISE_FLAGS_avx2 -mavx2 -mfma -mbmi2 -mf16c -mprefer-vector-width=256)
   set(TILEWISE_FLAGS_avx512 -mavx2 -mfma -mbmi2 -mf16c -mavx512f -mavx512bw -mavx512vl -mavx512dq
       -mprefer-vector-width=512)
+  set(TILEWISE_FLAGS_amx ${TILEWISE_FLAGS_avx512} -mavx512bf16 -mamx-tile -mamx-bf16)
 endif()
 
-function(tilewise_add_isa_objects target family source)
-  foreach(isa IN LISTS TILEWISE_ISAS)
+function(tilewise_add_isa_objects target family folder)
+  set(isas ${TILEWISE_ISAS})
+  if(TILEWISE_FLAGS_amx AND EXISTS ${CMAKE_SOURCE_DIR}/${folder}/amx.cpp)
+    list(APPEND isas amx)
+  endif()
+  foreach(isa IN LISTS isas)
+    set(source ${folder}/kernels.cpp)
+    if(isa STREQUAL amx)
+      set(source ${folder}/amx.cpp)
+    endif()
     set(objects ${target}_${family}_${isa})
     add_library(${objects} OBJECT ${source})
     target_include_directories(${objects} PRIVATE ${CMAKE_SOURCE_DIR}/csrc ${CMAKE_SOURCE_DIR}/include)
@@ -29,7 +39,5 @@ function(tilewise_add_isa_objects target family source)
         -DTABLE=tilewise_${family}_${isa} -P ${CMAKE_SOURCE_DIR}/cmake/check_isa.cmake
       COMMAND ${CMAKE_COMMAND} -E touch ${stamp})
     target_sources(${target} PRIVATE $<TARGET_OBJECTS:${objects}> ${stamp})
-    string(TOUPPER ${isa} upper)
-    target_compile_definitions(${target} PRIVATE TILEWISE_HAS_${upper})
   endforeach()
 endfunction()

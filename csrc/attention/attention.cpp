@@ -10,18 +10,10 @@
 #include "common/check.h"
 #include "common/dispatch.h"
 
-extern "C" {
-extern const tilewise::attention::Kernels tilewise_attention_generic;
-#ifdef TILEWISE_HAS_AVX2
-extern const tilewise::attention::Kernels tilewise_attention_avx2;
-extern const tilewise::attention::Kernels tilewise_attention_avx512;
-#endif
-#ifdef TILEWISE_HAS_CUDA
-extern const tilewise::attention::Kernels tilewise_attention_cuda;
-#endif
-}
-
 namespace tilewise {
+
+TILEWISE_KERNEL_SET(attention)
+
 namespace {
 
 using attention::BackwardParams;
@@ -29,19 +21,6 @@ using attention::ForwardParams;
 using attention::Kernels;
 using attention::Strides;
 using attention::Type;
-
-constexpr KernelSet<Kernels> kKernels = {
-#ifdef TILEWISE_HAS_AVX2
-    {&tilewise_attention_generic, &tilewise_attention_avx2, &tilewise_attention_avx512},
-#else
-    {&tilewise_attention_generic, nullptr, nullptr},
-#endif
-#ifdef TILEWISE_HAS_CUDA
-    &tilewise_attention_cuda,
-#else
-    nullptr,
-#endif
-    "tilewise_attention_cuda"};
 
 constexpr int kMaxHeadDim = 256;
 

@@ -1,6 +1,8 @@
 #include "common/dispatch.h"
 
 #include <dlfcn.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 #include <atomic>
 #include <cstdlib>
@@ -14,16 +16,30 @@
 namespace tilewise {
 namespace {
 
-constexpr const char* kIsaNames[kIsaCount] = {"generic", "avx2", "avx512"};
+constexpr const char* kIsaNames[kIsaCount] = {"generic", "avx2", "avx512", "amx"};
+
+// Whether the operating system lets this process use AMX tiles; the answer holds for all its threads.
+bool may_use_tiles() {
+#if defined(__x86_64__) && defined(SYS_arch_prctl)
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;
+  static const bool granted = syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  return granted;
+#else
+  return false;
+#endif
+}
 
 bool machine_has(Isa isa) {
 #if defined(__x86_64__)
   __builtin_cpu_init();  // also asks the operating system whether it saves the wide registers
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
   if (isa == Isa::avx2) return avx2;
-  if (isa == Isa::avx512)
-    return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  if (isa == Isa::avx512) return avx512;
+  if (isa == Isa::amx)
+    return avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("amx-tile") &&
+           __builtin_cpu_supports("amx-bf16") && may_use_tiles();
 #endif
   return isa == Isa::generic;
 }

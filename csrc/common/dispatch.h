@@ -6,17 +6,32 @@
 
 namespace tilewise {
 
-enum class Isa : int { generic, avx2, avx512 };
-constexpr int kIsaCount = 3;
+enum class Isa : int { generic, avx2, avx512, amx };
+constexpr int kIsaCount = 4;
 
 // A family's kernels on every machine. `Kernels` is the family's struct of KernelFn pointers (its params.h); a null
-// pointer in it means that this machine has no such kernel.
+// pointer in it means that this level has no kernel of its own, and on CPU the next lower one serves.
 template <class Kernels>
 struct KernelSet {
   const Kernels* cpu[kIsaCount];  // by Isa; null where not built
   const Kernels* cuda;            // null in a CPU-only build
   const char* cuda_symbol;        // the same table's name in an emulator library
 };
+
+// Defines `kKernels`, the kernels of `family`, at namespace scope of tilewise. The tables that this build does not have
+// are null: their symbols are weak.
+#define TILEWISE_KERNEL_TABLE(family, machine) \
+  extern "C" const family::Kernels tilewise_##family##_##machine [[gnu::weak]];
+#define TILEWISE_KERNEL_SET(family)                                                                             \
+  TILEWISE_KERNEL_TABLE(family, generic)                                                                        \
+  TILEWISE_KERNEL_TABLE(family, avx2)                                                                           \
+  TILEWISE_KERNEL_TABLE(family, avx512)                                                                         \
+  TILEWISE_KERNEL_TABLE(family, amx)                                                                            \
+  TILEWISE_KERNEL_TABLE(family, cuda)                                                                           \
+  static const KernelSet<family::Kernels> kKernels = {{&tilewise_##family##_generic, &tilewise_##family##_avx2, \
+                                                       &tilewise_##family##_avx512, &tilewise_##family##_amx},  \
+                                                      &tilewise_##family##_cuda,                                \
+                                                      "tilewise_" #family "_cuda"};
 
 Isa current_isa();
 
@@ -48,13 +63,17 @@ class DeviceGuard {
 // Raises what an earlier kernel on the device reported (runtime.h, Fault), and gives the call its runtime.
 Runtime runtime_for(Device device, void* stream);
 
-template <class Kernels>
-const Kernels* select_kernels(const KernelSet<Kernels>& set, Device device) {
-  if (device.type == DeviceType::cuda) return set.cuda;
+// The function of `Kernels` that serves the device; null if none does.
+template <class Kernels, class Function>
+Function select_kernel(const KernelSet<Kernels>& set, Device device, Function Kernels::* kernel) {
+  if (device.type == DeviceType::cuda) return set.cuda ? set.cuda->*kernel : nullptr;
   if (device.type != DeviceType::cpu) return nullptr;
-  if (emulating()) return static_cast<const Kernels*>(emulated_table(set.cuda_symbol));
+  if (emulating()) {
+    const auto* table = static_cast<const Kernels*>(emulated_table(set.cuda_symbol));
+    return table ? table->*kernel : nullptr;
+  }
   for (int level = static_cast<int>(current_isa()); level >= 0; level--)
-    if (set.cpu[level]) return set.cpu[level];
+    if (set.cpu[level] && set.cpu[level]->*kernel) return set.cpu[level]->*kernel;
   return nullptr;
 }
 
@@ -62,10 +81,10 @@ const Kernels* select_kernels(const KernelSet<Kernels>& set, Device device) {
 template <class Kernels, class Params>
 void run_kernel(const char* operation, const KernelSet<Kernels>& set, Device device, KernelFn<Params> Kernels::* kernel,
                 const Params& params, void* stream) {
-  const Kernels* kernels = select_kernels(set, device);
-  if (!kernels || !(kernels->*kernel)) raise_missing(operation, device);
+  const KernelFn<Params> run = select_kernel(set, device, kernel);
+  if (!run) raise_missing(operation, device);
   const DeviceGuard guard(device);
-  const char* why = (kernels->*kernel)(params, runtime_for(device, stream));
+  const char* why = run(params, runtime_for(device, stream));
   if (emulating()) forget_buffers();
   if (why) raise_failed(operation, why);
 }

@@ -9,18 +9,10 @@
 #include "fft_conv/params.h"
 #include "fft_conv/plan.h"
 
-extern "C" {
-extern const tilewise::fft_conv::Kernels tilewise_fft_conv_generic;
-#ifdef TILEWISE_HAS_AVX2
-extern const tilewise::fft_conv::Kernels tilewise_fft_conv_avx2;
-extern const tilewise::fft_conv::Kernels tilewise_fft_conv_avx512;
-#endif
-#ifdef TILEWISE_HAS_CUDA
-extern const tilewise::fft_conv::Kernels tilewise_fft_conv_cuda;
-#endif
-}
-
 namespace tilewise {
+
+TILEWISE_KERNEL_SET(fft_conv)
+
 namespace {
 
 using fft_conv::BackwardParams;
@@ -28,19 +20,6 @@ using fft_conv::ForwardParams;
 using fft_conv::Kernels;
 using fft_conv::Strides;
 using fft_conv::Type;
-
-constexpr KernelSet<Kernels> kKernels = {
-#ifdef TILEWISE_HAS_AVX2
-    {&tilewise_fft_conv_generic, &tilewise_fft_conv_avx2, &tilewise_fft_conv_avx512},
-#else
-    {&tilewise_fft_conv_generic, nullptr, nullptr},
-#endif
-#ifdef TILEWISE_HAS_CUDA
-    &tilewise_fft_conv_cuda,
-#else
-    nullptr,
-#endif
-    "tilewise_fft_conv_cuda"};
 
 constexpr int64_t kWorkspaceAlignment = 256;
 constexpr int64_t kMaxLength = int64_t(1) << 40;
@@ -168,17 +147,16 @@ BackwardParams backward_params(const FftConvInputs& in, const Tensor* dy, const 
 // Raises for calls beyond what this machine's kernels serve.
 void check_served(const Check& check, const ForwardParams& params, Device device) {
   const bool empty = params.batch == 0 || params.heads == 0 || params.length == 0;
-  const Kernels* kernels = empty ? nullptr : select_kernels(kKernels, device);
-  const char* limit = kernels && kernels->unsupported ? kernels->unsupported(params) : nullptr;
+  const auto unsupported = empty ? nullptr : select_kernel(kKernels, device, &Kernels::unsupported);
+  const char* limit = unsupported ? unsupported(params) : nullptr;
   if (limit) check.fail(ErrorKind::not_implemented, "u", "has %s, expected a length that a kernel serves", limit);
 }
 
 // Bytes to allocate, so that an aligned part of them suffices.
 template <class Params>
 int64_t workspace_bytes(const Tensor& u, int64_t (*Kernels::*query)(const Params&), const Params& params) {
-  const Kernels* kernels = u.numel() ? select_kernels(kKernels, u.device) : nullptr;
-  if (!kernels || !(kernels->*query)) return 0;
-  const int64_t bytes = (kernels->*query)(params);
+  const auto ask = u.numel() ? select_kernel(kKernels, u.device, query) : nullptr;
+  const int64_t bytes = ask ? ask(params) : 0;
   return bytes ? bytes + kWorkspaceAlignment : 0;
 }
 

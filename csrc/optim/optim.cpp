@@ -9,37 +9,16 @@
 #include "common/dispatch.h"
 #include "optim/params.h"
 
-extern "C" {
-extern const tilewise::optim::Kernels tilewise_optim_generic;
-#ifdef TILEWISE_HAS_AVX2
-extern const tilewise::optim::Kernels tilewise_optim_avx2;
-extern const tilewise::optim::Kernels tilewise_optim_avx512;
-#endif
-#ifdef TILEWISE_HAS_CUDA
-extern const tilewise::optim::Kernels tilewise_optim_cuda;
-#endif
-}
-
 namespace tilewise {
+
+TILEWISE_KERNEL_SET(optim)
+
 namespace {
 
 using optim::AdamWTensor;
 using optim::kBlock;
 using optim::kCodeBytes;
 using optim::Kernels;
-
-constexpr KernelSet<Kernels> kKernels = {
-#ifdef TILEWISE_HAS_AVX2
-    {&tilewise_optim_generic, &tilewise_optim_avx2, &tilewise_optim_avx512},
-#else
-    {&tilewise_optim_generic, nullptr, nullptr},
-#endif
-#ifdef TILEWISE_HAS_CUDA
-    &tilewise_optim_cuda,
-#else
-    nullptr,
-#endif
-    "tilewise_optim_cuda"};
 
 int64_t blocks_of(int64_t n) {
   return (n + kBlock - 1) / kBlock;

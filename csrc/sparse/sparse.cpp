@@ -7,34 +7,13 @@
 #include "common/dispatch.h"
 #include "sparse/params.h"
 
-extern "C" {
-extern const tilewise::sparse::Kernels tilewise_sparse_generic;
-#ifdef TILEWISE_HAS_AVX2
-extern const tilewise::sparse::Kernels tilewise_sparse_avx2;
-extern const tilewise::sparse::Kernels tilewise_sparse_avx512;
-#endif
-#ifdef TILEWISE_HAS_CUDA
-extern const tilewise::sparse::Kernels tilewise_sparse_cuda;
-#endif
-}
-
 namespace tilewise {
+
+TILEWISE_KERNEL_SET(sparse)
+
 namespace {
 
 using namespace sparse;
-
-constexpr KernelSet<Kernels> kKernels = {
-#ifdef TILEWISE_HAS_AVX2
-    {&tilewise_sparse_generic, &tilewise_sparse_avx2, &tilewise_sparse_avx512},
-#else
-    {&tilewise_sparse_generic, nullptr, nullptr},
-#endif
-#ifdef TILEWISE_HAS_CUDA
-    &tilewise_sparse_cuda,
-#else
-    nullptr,
-#endif
-    "tilewise_sparse_cuda"};
 
 Type type_of(const Tensor& t) {
   return t.dtype == DType::f32 ? Type::f32 : t.dtype == DType::bf16 ? Type::bf16 : Type::f16;

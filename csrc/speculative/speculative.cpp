@@ -7,34 +7,13 @@
 #include "common/dispatch.h"
 #include "speculative/params.h"
 
-extern "C" {
-extern const tilewise::speculative::Kernels tilewise_speculative_generic;
-#ifdef TILEWISE_HAS_AVX2
-extern const tilewise::speculative::Kernels tilewise_speculative_avx2;
-extern const tilewise::speculative::Kernels tilewise_speculative_avx512;
-#endif
-#ifdef TILEWISE_HAS_CUDA
-extern const tilewise::speculative::Kernels tilewise_speculative_cuda;
-#endif
-}
-
 namespace tilewise {
+
+TILEWISE_KERNEL_SET(speculative)
+
 namespace {
 
 using namespace speculative;
-
-constexpr KernelSet<Kernels> kKernels = {
-#ifdef TILEWISE_HAS_AVX2
-    {&tilewise_speculative_generic, &tilewise_speculative_avx2, &tilewise_speculative_avx512},
-#else
-    {&tilewise_speculative_generic, nullptr, nullptr},
-#endif
-#ifdef TILEWISE_HAS_CUDA
-    &tilewise_speculative_cuda,
-#else
-    nullptr,
-#endif
-    "tilewise_speculative_cuda"};
 
 constexpr int64_t kMaxExtent = INT32_MAX;  // kernels count positions, tokens and pages in 32 bits
 

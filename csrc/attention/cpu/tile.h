@@ -1,6 +1,7 @@
 // Tiles of queries: kLanes queries side by side as vector lanes, [row][kLanes]; and blocks of keys.
 #pragma once
 #include "attention/cpu/micro.h"
+#include "common/transpose.h"
 
 namespace tilewise {
 namespace {
@@ -19,27 +20,6 @@ struct Carver {
 
 TILEWISE_INLINE void fill(float* p, int64_t count, float value) {
   for (int64_t i = 0; i < count; i++) p[i] = value;
-}
-
-// In-register transpose of a W x W block: log2(W) rounds of interleaving rows i and i + W / 2.
-TILEWISE_INLINE void transpose(VF (&rows)[W]) {
-#pragma GCC unroll 8
-  for (int round = 1; round < W; round *= 2) {
-    VI low, high;
-#pragma GCC unroll 16
-    for (int i = 0; i < W; i++) {
-      low[i] = i % 2 * W + i / 2;
-      high[i] = low[i] + W / 2;
-    }
-    VF mixed[W];
-#pragma GCC unroll 16
-    for (int i = 0; i < W / 2; i++) {
-      mixed[2 * i] = __builtin_shuffle(rows[i], rows[i + W / 2], low);
-      mixed[2 * i + 1] = __builtin_shuffle(rows[i], rows[i + W / 2], high);
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < W; i++) rows[i] = mixed[i];
-  }
 }
 
 // tile[d][lane] = rows[lane][d] * scale; lanes from `count` on are zero, up to a whole vector.
