@@ -1,0 +1,7 @@
+// CPU kernels of the family that have a version for AMX tiles (rules: common/isa.h).
+#include "attention/cpu/amx.h"
+
+extern "C" const tilewise::attention::Kernels TILEWISE_ISA_TABLE(attention) = {
+    &tilewise::forward_on_tiles,
+    nullptr,
+};

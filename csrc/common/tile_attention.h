@@ -1,0 +1,253 @@
+// Attention of a few rows of queries to a block of keys, on AMX tiles: S = Q K^T, weights = exp2(S - reference),
+// O += weights V (Dao et al., arXiv:2205.14135). The rows are tokens, heads of a group or both, the keys come from
+// anywhere; what a row may see is a policy.
+#pragma once
+#include "common/tiles.h"
+
+namespace tilewise {
+namespace {
+
+constexpr int kMaxBlockKeys = 96;
+constexpr float kLowestReference = -3.402823466e38f;
+// Weights are taken relative to a reference score, not to the running maximum: exact while no score exceeds it by more
+// than this (in powers of two). Then that row's reference is raised and its block done again.
+constexpr float kReferenceSlack = 16.f;
+
+// 2^t for t <= 127, and 0 for -inf: within 8e-8, on both sides of the true value, so that sums do better.
+TILEWISE_INLINE VF fast_exp2(VF t) {
+  constexpr int kDown = 0x09;  // towards -inf, raising no exception
+  const VF f = (VF)_mm512_reduce_ps((__m512)t, kDown);
+  VF p = set1(1.877576673e-3f);
+  p = p * f + 8.989340095e-3f;
+  p = p * f + 5.582631805e-2f;
+  p = p * f + 2.401536170e-1f;
+  p = p * f + 6.931530732e-1f;
+  p = p * f + 9.999999251e-1f;
+  return (VF)_mm512_scalef_ps((__m512)p, (__m512)t);
+}
+
+// ---- which of the keys [key, key + 16) of the block row i of the tile sees ----
+struct SeesAll {
+  TILEWISE_INLINE VF hide(VF score, int, int) const { return score; }
+};
+// Row i sees the keys below first + i, and none from `count` on.
+struct SeesUpTo {
+  int64_t first;
+  int count;
+  TILEWISE_INLINE VF hide(VF score, int row, int key) const {
+    const int64_t end = min_of<int64_t>(first + row, count) - key;
+    return select(iota() < set1i(int32_t(max_of<int64_t>(end, 0))), score, set1(-kInfinity));
+  }
+};
+
+template <int N>
+struct Count {
+  static constexpr int value = N;
+};
+
+// A tile of up to 32 rows and its running result.
+struct AttentionRows {
+  const Packed* q;   // packed left operand
+  float* out;        // [row][columns], not normalised
+  float* sums;       // [row][W]: of weights, to be added up at the end
+  float* reference;  // [row], in powers of two
+  bool started;
+};
+
+template <class T>
+class TileAttention {
+ public:
+  static constexpr int P = kParts<T>;
+
+  // `rows` in all, in tiles of 32.
+  TileAttention(int dim, int v_dim, float scale_log2, int rows)
+      : dim_(dim),
+        v_dim_(v_dim),
+        scale_(set1(scale_log2)),
+        keys_(block_keys(dim, v_dim, rows)),
+        q_{static_cast<int>(ceil_div(dim, kTileDepth))},
+        v_{keys_ / kTileDepth} {}
+
+  int keys() const { return keys_; }  // of a block, at most
+  int columns() const { return static_cast<int>(round_up(v_dim_, kTileDepth)); }
+  int64_t query_size(int rows) const { return q_.at(rows / kTileRows, 0, 0); }  // Packed elements
+
+  // Bytes of workspace for `tiles` tiles of rows, 64-byte aligned.
+  int64_t bytes(int tiles) const {
+    return (max_of(key_size(), value_size()) + weight_size()) * sizeof(Packed) +
+           int64_t(tiles) * kMaxRows * keys_ * sizeof(float);
+  }
+  void use(void* memory) {
+    block_ = static_cast<Packed*>(memory);
+    weights_ = block_ + max_of(key_size(), value_size());
+    scores_ = reinterpret_cast<float*>(weights_ + weight_size());
+  }
+
+  template <class Row>
+  void pack_queries(Packed* to, const Row& row, int count, int padded) const {
+    pack_left<T>(to, q_, row, count, padded, dim_);
+  }
+
+  // Adds a block of `keys` keys, whose rows k(i) and v(i) give, to tiles of rows. plan.rows(t) says how many rows tile
+  // t has, plan.keys(t) how many of the block's keys it needs, and plan.see(t, f) calls f with the policy that says
+  // what its rows see.
+  //
+  // First the scores of all tiles, then the rest: so only the keys or the values, packed, take room in the L1 cache.
+  template <class KRow, class VRow, class Plan>
+  void add_block(AttentionRows* tiles, int count, const KRow& k, const VRow& v, int keys, const Plan& plan) {
+    pack_right_transposed<T>(block_, q_, k, keys, padded(keys), dim_);
+    for_tiles(count, plan, [&](auto m, int t) { score<decltype(m)::value>(tiles[t], scores_of(t), plan.keys(t)); });
+    pack_right<T>(block_, v_, v, keys, padded(keys), v_dim_);
+    for_tiles(count, plan, [&](auto m, int t) {
+      plan.see(t, [&](const auto& visible) { weigh(tiles[t], scores_of(t), plan, t, visible); });
+      add_values<decltype(m)::value>(tiles[t], plan.keys(t));
+    });
+  }
+
+  // Whether the result of `count` rows is finite. Where it is not, infinite inputs may have met parts that are zero and
+  // have become NaN, and a kernel that does not split its operands has to decide.
+  bool finite(const AttentionRows& rows, int count) const {
+    VF zero = {};  // NaN from the first infinity or NaN on
+    for (int i = 0; i < count * columns(); i += W) zero += load(rows.out + i) * 0.f;
+    for (int i = 0; i < count; i++) zero += load(rows.sums + i * W) * 0.f;
+    return !any(zero != zero);
+  }
+
+  // Hands the columns of one row, W at a time, to take(first column, values).
+  template <class Take>
+  void read_row(const AttentionRows& rows, int i, const Take& take) const {
+    for (int d = 0; d < columns(); d += kTileDepth) {
+      const float* from = rows.out + i * columns() + d;
+      VF low = load(from), high = load(from + W);
+      natural_columns<P>(low, high);
+      take(d, low);
+      if (d + W < v_dim_) take(d + W, high);
+    }
+  }
+
+  // row(i) gives where row i < count of the result goes; lse(i, natural logarithm). A row of no weight gives zeros.
+  template <class Out, class Lse>
+  void finish(const AttentionRows& rows, int count, const Out& out, const Lse& lse) const {
+    for (int i = 0; i < count; i++) {
+      const float sum = reduce_add(load(rows.sums + i * W));
+      const bool nothing = sum == 0;
+      const VF factor = set1(nothing ? 0 : 1 / sum);
+      auto* to = out(i);
+      read_row(rows, i, [&](int d, VF value) {
+        if (nothing) value = VF{};
+        d + W <= v_dim_ ? store(to + d, value * factor) : store(to + d, value * factor, v_dim_ - d);
+      });
+      lse(i, nothing ? -kInfinity : static_cast<float>((rows.reference[i] + __builtin_log2(sum)) * 0.6931471805599453));
+    }
+  }
+
+ private:
+  static constexpr int kMaxRows = 2 * kTileRows;
+  int dim_, v_dim_;
+  VF scale_;
+  int keys_;
+  TileLayout<P> q_, v_;       // of queries and keys; of values and weights
+  Packed *block_, *weights_;  // keys, then values; the weights of one tile
+  float* scores_;             // [tile][row][keys_]
+
+  // What is packed of a block stays in the L1 cache, beside scores, weights and the rows that pass through. For a
+  // single tile of 16 rows it does not matter, nothing is used twice: four columns of tiles are best.
+  static int block_keys(int dim, int v_dim, int rows) {
+    if (rows <= kTileRows) return 2 * kTileDepth;
+    const int64_t key_bytes = P * (round_up(dim, kTileDepth) + round_up(v_dim, kTileDepth)) * sizeof(Packed);
+    const int64_t keys = 32 * 1024 / key_bytes / kTileDepth * kTileDepth;
+    return static_cast<int>(min_of<int64_t>(kMaxBlockKeys, max_of<int64_t>(kTileDepth, keys)));
+  }
+  int64_t key_size() const { return q_.at(keys_ / kTileRows, 0, 0); }
+  int64_t value_size() const { return v_.at(columns() / kTileRows, 0, 0); }
+  int64_t weight_size() const { return v_.at(kMaxRows / kTileRows, 0, 0); }
+
+  static int padded(int keys) { return static_cast<int>(round_up(keys, kTileDepth)); }
+
+  float* scores_of(int t) const { return scores_ + int64_t(t) * kMaxRows * keys_; }
+
+  // f(tiles of 16 rows, tile) for every tile that needs some key.
+  template <class Plan, class F>
+  static void for_tiles(int count, const Plan& plan, const F& f) {
+    for (int t = 0; t < count; t++) {
+      if (plan.keys(t) <= 0) continue;
+      plan.rows(t) > kTileRows ? f(Count<2>(), t) : f(Count<1>(), t);
+    }
+  }
+
+  template <int M>
+  void score(const AttentionRows& tile, float* scores, int keys) const {
+    multiply_columns<P, M>(run_of(tile.q, q_, 0), block_, q_, padded(keys) / kTileRows, q_.steps, scores, keys_, false);
+  }
+  template <int M>
+  void add_values(const AttentionRows& tile, int keys) const {
+    multiply_columns<P, M>(run_of(weights_, v_, 0), block_, v_, columns() / kTileRows, padded(keys) / kTileDepth,
+                           tile.out, columns(), true);
+  }
+
+  template <class Plan, class Visible>
+  void weigh(AttentionRows& tile, const float* scores, const Plan& plan, int t, const Visible& visible) {
+    const int end = padded(plan.keys(t));
+    for (int i = 0; i < plan.rows(t); i++, scores += keys_) {
+      if (!tile.started) set_reference(tile, i, scores, end, visible);
+      if (!weigh_row(tile, i, scores, end, visible, kReferenceSlack)) {
+        raise_reference(tile, i, scores, end, visible);
+        weigh_row(tile, i, scores, end, visible, kInfinity);
+      }
+    }
+    tile.started = true;
+  }
+
+  // Weights of row i, in parts; false, and no sum, where some score is further above the reference than `slack`. A NaN
+  // makes the sum, and by that the result, NaN.
+  template <class Visible>
+  TILEWISE_INLINE bool weigh_row(AttentionRows& tile, int i, const float* scores, int end, const Visible& visible,
+                                 float slack) const {
+    Packed* to = weights_ + v_.at(i / kTileRows, 0, 0) + i % kTileRows * kTileDepth;
+    const VF reference = set1(tile.reference[i]);
+    VF sum_low = {}, sum_high = {}, peak_low = set1(kLowestReference), peak_high = peak_low;
+    for (int key = 0; key < end; key += kTileDepth, to += kTileSize) {
+      VF low = visible.hide(load(scores + key) * scale_ - reference, i, key);
+      VF high = visible.hide(load(scores + key + W) * scale_ - reference, i, key + W);
+      peak_low = max(peak_low, low);
+      peak_high = max(peak_high, high);
+      low = fast_exp2(low);
+      high = fast_exp2(high);
+      sum_low += low;
+      sum_high += high;
+      Halves parts[P];
+      split(low, high, parts);
+#pragma GCC unroll 4
+      for (int p = 0; p < P; p++) _mm512_store_si512(to + v_.at(0, p, 0), parts[p]);
+    }
+    if (any(max(peak_low, peak_high) > set1(slack))) return false;
+    store(tile.sums + i * W, load(tile.sums + i * W) + (sum_low + sum_high));
+    return true;
+  }
+
+  // The score of the first key is a good reference for most rows, if the row sees it.
+  TILEWISE_INLINE void set_reference(AttentionRows& tile, int i, const float* scores, int, const SeesAll&) const {
+    tile.reference[i] = max_of(scores[0] * scale_[0], kLowestReference);
+  }
+  template <class Visible>
+  void set_reference(AttentionRows& tile, int i, const float* scores, int end, const Visible& visible) const {
+    tile.reference[i] = kLowestReference;
+    raise_reference(tile, i, scores, end, visible);
+  }
+
+  // Raises the reference of row i to its largest score of the block, and rescales what was summed before.
+  template <class Visible>
+  void raise_reference(AttentionRows& tile, int i, const float* scores, int end, const Visible& visible) const {
+    VF peak = set1(tile.reference[i]);
+    for (int key = 0; key < end; key += W) peak = max(peak, visible.hide(load(scores + key) * scale_, i, key));
+    const float after = reduce_max(peak);
+    const VF factor = exp2(set1(tile.reference[i]) - set1(after));
+    tile.reference[i] = after;
+    store(tile.sums + i * W, load(tile.sums + i * W) * factor);
+    float* out = tile.out + i * columns();
+    for (int d = 0; d < columns(); d += W) store(out + d, load(out + d) * factor);
+  }
+};
+
+}  // namespace
+}  // namespace tilewise
