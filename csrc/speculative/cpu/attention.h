@@ -42,8 +42,9 @@ inline int nodes_in_use(const TreeAttentionParams& p, int64_t b) {
   return 0;
 }
 
-template <class T>
-const char* run_tasks(const TreeAttentionParams& p, const Runtime& rt) {
+// `attend` works a task of more than kFewRows queries.
+template <class T, class Attend>
+const char* run_tasks(const TreeAttentionParams& p, const Runtime& rt, const Attend& attend) {
   int* used = scratch<int>(rt, 0, p.batch);
   if (!used) return kOutOfMemory;
   int64_t longest = 0;
@@ -70,7 +71,7 @@ const char* run_tasks(const TreeAttentionParams& p, const Runtime& rt) {
       task.end_key = min_of(keys, task.first_key + share);
       task.partial = partial ? partial + at * plan.chunk_rows * (p.dim + 2) : nullptr;
       const bool few = task.rows <= kFewRows && p.dim % W == 0;
-      if (!(few ? attend_few(task, rt) : attend_tiles(task, rt))) failed = true;
+      if (!(few ? attend_few(task, rt) : attend(task, rt))) failed = true;
     }
   });
   if (failed) return kOutOfMemory;
@@ -86,9 +87,14 @@ const char* run_tasks(const TreeAttentionParams& p, const Runtime& rt) {
   return nullptr;
 }
 
+template <class Attend>
+const char* tree_attention_with(const Attend& attend, const TreeAttentionParams& p, const Runtime& rt) {
+  if (p.type == Type::f32) return run_tasks<float>(p, rt, attend);
+  return p.type == Type::bf16 ? run_tasks<Bf16>(p, rt, attend) : run_tasks<Fp16>(p, rt, attend);
+}
+
 const char* tree_attention(const TreeAttentionParams& p, const Runtime& rt) {
-  if (p.type == Type::f32) return run_tasks<float>(p, rt);
-  return p.type == Type::bf16 ? run_tasks<Bf16>(p, rt) : run_tasks<Fp16>(p, rt);
+  return tree_attention_with([](const auto& task, const Runtime& rt) { return attend_tiles(task, rt); }, p, rt);
 }
 
 }  // namespace

@@ -93,6 +93,12 @@ void merge_splits(const Task<T>& task, float* partial, int splits, int chunk_row
   }
 }
 
+template <class T>
+TILEWISE_INLINE void prefetch_row(const T* row, int dim) {
+  for (int64_t byte = 0; byte < int64_t(dim * sizeof(T)); byte += 64)
+    __builtin_prefetch(reinterpret_cast<const char*>(row) + byte, 0, 2);
+}
+
 // Addresses of up to kKeyBlock consecutive keys.
 template <class T>
 struct KeyRows {
@@ -118,18 +124,16 @@ struct KeyRows {
   }
   void prefetch(int64_t j, int dim) const {
     if (j >= count) return;
-    for (int64_t byte = 0; byte < int64_t(dim * sizeof(T)); byte += 64) {
-      __builtin_prefetch(reinterpret_cast<const char*>(k[j]) + byte, 0, 2);
-      __builtin_prefetch(reinterpret_cast<const char*>(v[j]) + byte, 0, 2);
-    }
+    prefetch_row(k[j], dim);
+    prefetch_row(v[j], dim);
   }
 };
 
 // The end of the block that starts at `from`: a block lies in the prefix or among the nodes, never in both.
 template <class T>
-int64_t block_end(const Task<T>& task, int64_t from) {
+int64_t block_end(const Task<T>& task, int64_t from, int most = kKeyBlock) {
   const int64_t end = from < task.prefix ? min_of(task.prefix, task.end_key) : task.end_key;
-  return min_of(end, from + kKeyBlock);
+  return min_of(end, from + most);
 }
 
 }  // namespace
