@@ -8,8 +8,9 @@ from tilewise.bench.case import Case
 PREFIX, PAGE, VOCAB = 8192, 16, 128256
 
 
-def _attention_case(device, dtype, nodes, heads, kv_heads, dim) -> Case:
-    """A tree behind an 8K prefix; torch gets K and V gathered into contiguous tensors for free, and a boolean mask."""
+def _attention_case(device, dtype, nodes, heads, kv_heads, dim, paged=False) -> Case:
+    """A tree behind an 8K prefix, for torch masked attention: with ``paged`` to the same pages, which it has to gather,
+    else to K and V that are contiguous at no cost."""
     keys = PREFIX + nodes
     pool = -(-keys // PAGE)
     k_pages, v_pages = torch.randn(2, pool, PAGE, kv_heads, dim, device=device).to(dtype)
@@ -18,19 +19,28 @@ def _attention_case(device, dtype, nodes, heads, kv_heads, dim) -> Case:
     q = torch.randn(1, nodes, heads, dim, device=device).to(dtype)
     parent = ((torch.arange(nodes, device=device) + 1) // 2 - 1).to(torch.int32)[None]  # a binary tree
     bits = spec.tree_finalize(parent, torch.tensor([nodes], dtype=torch.int32, device=device), prefix).ancestor_bits
-    k, v = (p[table[0].long()].flatten(0, 1)[:keys].transpose(0, 1)[None].contiguous() for p in (k_pages, v_pages))
+
+    def gathered():
+        return [p[table[0]].flatten(0, 1)[:keys].transpose(0, 1)[None] for p in (k_pages, v_pages)]
+
+    k, v = (t.contiguous() for t in gathered())
     mask = torch.ones(nodes, keys, dtype=torch.bool, device=device)
     mask[:, PREFIX:] = (bits[0, :, :1] >> torch.arange(nodes, device=device) & 1).bool()
     queries = q.transpose(1, 2).contiguous()
-    return Case(
-        f"tree_attention {str(dtype)[6:]} N={nodes} heads={heads}/{kv_heads} D={dim} prefix={PREFIX}",
-        tilewise=lambda: spec.tree_attention(q, k_pages, v_pages, table, prefix, bits),
-        torch=lambda: torch.nn.functional.scaled_dot_product_attention(
+
+    def masked(k, v):
+        return torch.nn.functional.scaled_dot_product_attention(
             queries, k, v, attn_mask=mask, enable_gqa=heads != kv_heads
-        ),
+        )
+
+    name = f"tree_attention {str(dtype)[6:]} N={nodes} heads={heads}/{kv_heads} D={dim} prefix={PREFIX}"
+    return Case(
+        f"{name}, torch gathers pages" if paged else name,
+        tilewise=lambda: spec.tree_attention(q, k_pages, v_pages, table, prefix, bits),
+        torch=lambda: masked(*gathered()) if paged else masked(k, v),
         flops=4.0 * nodes * heads * dim * keys,
         bytes=2.0 * keys * kv_heads * dim * q.element_size(),
-        target=3.0 if nodes >= 16 else None,
+        target=3.0 if nodes >= 16 and not paged else None,
     )
 
 
@@ -50,5 +60,10 @@ def _verify_case(device, nodes=32) -> Case:
 
 def cases(device: torch.device) -> list[Case]:
     shapes = [(1, 32, 8, 128), (16, 8, 8, 128), (16, 32, 8, 128), (64, 8, 8, 64), (64, 32, 8, 128)]
-    found = [_attention_case(device, t, *s) for t in (torch.float32, torch.bfloat16) for s in shapes]
+    found = [
+        _attention_case(device, t, *s, paged=paged)
+        for t in (torch.float32, torch.bfloat16)
+        for paged, some in ((False, shapes), (True, shapes[2:3]))
+        for s in some
+    ]
     return [*found, _verify_case(device)]
