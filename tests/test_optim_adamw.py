@@ -293,7 +293,7 @@ WRONG_STATES = {
     "no groups": (ValueError, lambda d: d.pop("param_groups")),
     "groups missing": (ValueError, lambda d: d["param_groups"].pop()),
     "group option missing": (ValueError, lambda d: d["param_groups"][0].pop("state_bits")),
-    "other version": (ValueError, lambda d: d["param_groups"][1].__setitem__("state_version", 2)),
+    "other version": (ValueError, lambda d: d["param_groups"][1].__setitem__("state_version", 1)),
     "bad option": (ValueError, lambda d: d["param_groups"][0].__setitem__("lr", -1.0)),
     "fewer parameters": (ValueError, lambda d: d["param_groups"][0]["params"].pop()),
     "repeated index": (ValueError, lambda d: d["param_groups"][0].__setitem__("params", [0, 0, 1])),

@@ -15,7 +15,8 @@ constexpr int kCodeBytes = 64;
 
 // The code books. Signed (first moment): dynamic exponent, 4 bits. Its published decimals are rounded to multiples of
 // 2^-23, which moves them by less than 6e-8 and makes the midpoint of any two neighbours a float: then the nearest code
-// can be decided exactly in float arithmetic. Unsigned (second moment): (i + 1) / 16, linear without a zero.
+// can be decided exactly in float arithmetic. Unsigned (second moment): ((i + 1) / 16)^4, linear in the fourth root: no
+// zero, and down to 2^-16 of the block's largest, because the second moments of one block lie that far apart.
 constexpr float on_grid(double x) {
   return static_cast<float>(static_cast<int>(x * 0x1p23 + 0.5) * 0x1p-23);
 }
@@ -31,10 +32,13 @@ constexpr Magnitudes make_magnitudes() {
   return m;
 }
 constexpr Magnitudes kMagnitudes = make_magnitudes();
+// In units of 2^-16, the unsigned codes are fourth powers j^4, j = 1..16. The midpoint of j^4 and (j + 1)^4 is
+// (j^2 + j + 1)^2 - 1/2.
+constexpr float kFourthPowerUnit = 0x1p-16f;
 
 // Scales are floored, so that an all-zero block divides by nothing, and so that no intermediate of the exact rounding
 // is subnormal.
-constexpr float kMinSignedScale = 0x1p-78f, kMinUnsignedScale = 0x1p-96f;
+constexpr float kMinSignedScale = 0x1p-78f, kMinUnsignedScale = 0x1p-86f;
 
 enum class Float : uint8_t { f32, bf16, f16 };
 

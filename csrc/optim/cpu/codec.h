@@ -22,6 +22,19 @@ constexpr int shift_of(int i) {
   return 8 * (run & 3) + 4 * (run >> 2);
 }
 
+// (i + 1)^4 for code i, and the midpoint of codes i - 1 and i, in units of 2^-16 and exact; for floats and vectors.
+template <class T>
+TILEWISE_INLINE constexpr T fourth_power(T j) {
+  return (j * j) * (j * j);
+}
+template <class T>
+TILEWISE_INLINE constexpr T midpoint_of_fourth_powers(T j) {
+  const T e = j * j + j + 1;
+  return e * e - .5f;
+}
+// Shrinks a block's values to below 2^16, so that their fourth roots stay below 16 however roughly they are taken.
+constexpr float kRootRange = 65000;
+
 TILEWISE_INLINE VU load_words(const uint8_t* codes, int part) {
   return (VU)load(reinterpret_cast<const int32_t*>(codes) + part * W);
 }
@@ -85,7 +98,7 @@ constexpr Entries signed_entries() {
 }
 constexpr Entries unsigned_entries() {
   Entries e = {};
-  for (int i = 0; i < 16; i++) e.value[i] = float(i + 1) / 16;
+  for (int i = 0; i < 16; i++) e.value[i] = fourth_power(i + 1.f) * kFourthPowerUnit;
   return e;
 }
 constexpr Entries kSignedEntries = signed_entries(), kUnsignedEntries = unsigned_entries();
@@ -146,8 +159,12 @@ constexpr Bins make_bins() {
   return bins;
 }
 constexpr Bins kBins = make_bins();
-constexpr float kHalves[16] = {.5f,  1.5f, 2.5f,  3.5f,  4.5f,  5.5f,  6.5f,  7.5f,
-                               8.5f, 9.5f, 10.5f, 11.5f, 12.5f, 13.5f, 14.5f, 15.5f};
+constexpr Entries unsigned_midpoints() {
+  Entries e = {};
+  for (int i = 0; i < 16; i++) e.value[i] = midpoint_of_fourth_powers(float(i)) * kFourthPowerUnit;
+  return e;
+}
+constexpr Entries kUnsignedMidpoints = unsigned_midpoints();
 
 TILEWISE_INLINE __m512 products_down(const float* a, float b) {
   return _mm512_mul_round_ps(_mm512_loadu_ps(a), _mm512_set1_ps(b), _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC);
@@ -171,14 +188,15 @@ TILEWISE_INLINE void encode_signed(const BlockValues& x, float scale, uint8_t* c
   pack(c, codes);
 }
 
-// The bin b = floor(16 x / scale) holds the one midpoint (b + .5) * scale / 16, between codes b - 1 and b.
+// The bin b = floor(16 root) of the fourth root holds the one midpoint between codes b - 1 and b, and that is far from
+// the bin's edges: two approximate inverse square roots are good enough.
 TILEWISE_INLINE void encode_unsigned(const BlockValues& x, float scale, uint8_t* codes) {
-  const Table thresholds = {products_down(kHalves, scale / 16)};
-  const VF inverse = set1(15.99999f / scale);  // keeps scale itself below bin 16
+  const Table thresholds = {products_down(kUnsignedMidpoints.value, scale)};
+  const VF inverse = set1(kRootRange / scale);
   VI c[kVectors];
 #pragma GCC unroll 8
   for (int i = 0; i < kVectors; i++) {
-    const __m512i bin = _mm512_cvttps_epi32((__m512)(x[i] * inverse));
+    const __m512i bin = _mm512_cvttps_epi32(_mm512_rsqrt14_ps(_mm512_rsqrt14_ps((__m512)(x[i] * inverse))));
     const __mmask16 below = _mm512_cmp_ps_mask((__m512)x[i], (__m512)look_up(thresholds, (VU)bin), _CMP_LE_OQ);
     c[i] = (VI)_mm512_mask_sub_epi32(bin, below, bin, _mm512_set1_epi32(1));
   }
@@ -188,11 +206,11 @@ TILEWISE_INLINE void encode_unsigned(const BlockValues& x, float scale, uint8_t*
 #else  // AVX2
 
 TILEWISE_INLINE void decode_unsigned(const uint8_t* codes, float factor, BlockValues& x) {
-  const VF step = set1(factor / 16);
+  const VF unit = set1(factor * kFourthPowerUnit);
 #pragma GCC unroll 16
   for (int i = 0; i < kVectors; i++) {
     const VI code = (VI)(load_words(codes, i % kParts) >> shift_of(i)) & 15;
-    x[i] = __builtin_convertvector(code, VF) * step + step;
+    x[i] = fourth_power(__builtin_convertvector(code, VF) + 1) * unit;
   }
 }
 
@@ -222,16 +240,16 @@ TILEWISE_INLINE void encode_signed(const BlockValues& x, float scale, uint8_t* c
   pack(c, codes);
 }
 
-// The bin b = floor(16 x / scale) holds the one midpoint (b + .5) * scale / 16, between codes b - 1 and b. The fused
-// x - midpoint rounds once, so its sign is exact.
+// The bin b = floor(16 root) of the fourth root holds the one midpoint between codes b - 1 and b, far from its edges.
+// The fused x - midpoint rounds once, so its sign is exact.
 TILEWISE_INLINE void encode_unsigned(const BlockValues& x, float scale, uint8_t* codes) {
-  const VF inverse = set1(15.99999f / scale), step = set1(scale / 16);
+  const VF inverse = set1(kRootRange / scale), unit = set1(scale * kFourthPowerUnit);
   VI c[kVectors];
 #pragma GCC unroll 16
   for (int i = 0; i < kVectors; i++) {
-    const VI bin = __builtin_convertvector(x[i] * inverse, VI);
-    const VF half = __builtin_convertvector(bin, VF) + .5f;
-    const VF beyond = (VF)_mm256_fnmadd_ps((__m256)half, (__m256)step, (__m256)x[i]);
+    const VI bin = __builtin_convertvector((VF)_mm256_rsqrt_ps(_mm256_rsqrt_ps((__m256)(x[i] * inverse))), VI);
+    const VF midpoint = midpoint_of_fourth_powers(__builtin_convertvector(bin, VF));
+    const VF beyond = (VF)_mm256_fnmadd_ps((__m256)midpoint, (__m256)unit, (__m256)x[i]);
     c[i] = bin - 1 - (beyond > set1(0));
   }
   pack(c, codes);
@@ -261,7 +279,7 @@ inline void decode_signed(const uint8_t* codes, float factor, BlockValues& x) {
 inline void decode_unsigned(const uint8_t* codes, float factor, BlockValues& x) {
   for (int i = 0; i < kVectors; i++) {
     const VI code = (VI)(load_words(codes, i % kParts) >> shift_of(i)) & 15;
-    x[i] = (__builtin_convertvector(code, VF) + 1) * (factor / 16);
+    x[i] = fourth_power(__builtin_convertvector(code, VF) + 1) * (factor * kFourthPowerUnit);
   }
 }
 
@@ -286,7 +304,8 @@ inline void encode_signed(const BlockValues& x, float scale, uint8_t* codes) {
 
 inline void encode_unsigned(const BlockValues& x, float scale, uint8_t* codes) {
   float thresholds[16];
-  for (int i = 0; i < 16; i++) thresholds[i] = product_down(float(i) + .5f, scale / 16);
+  for (int i = 0; i < 16; i++)
+    thresholds[i] = product_down(midpoint_of_fourth_powers(float(i)), scale * kFourthPowerUnit);
   VI c[kVectors];
   for (int i = 0; i < kVectors; i++) {
     VI code = {};

@@ -93,7 +93,7 @@ struct AdamWStep {
 
   SIMT_DEVICE static void decode(Values& m, Values& v, const Lane& lane, const uint8_t* m_codes, const uint8_t* v_codes,
                                  const float* scales, const StepConstants& k, const Smem& s) {
-    const float m_factor = scales[0] * k.beta1, v_factor = scales[1] * k.beta2 / 16;
+    const float m_factor = scales[0] * k.beta1, v_factor = scales[1] * k.beta2 * kFourthPowerUnit;
     uint32_t m_words[kRun], v_words[kRun];
     lane.load_codes(m_words, m_codes);
     lane.load_codes(v_words, v_codes);
@@ -102,7 +102,7 @@ struct AdamWStep {
 #pragma unroll
       for (int i = 0; i < kRun; i++) {
         m[c][i] = s.signed_values[m_words[i] >> lane.shift(c) & 15] * m_factor;
-        v[c][i] = static_cast<float>((v_words[i] >> lane.shift(c) & 15) + 1) * v_factor;
+        v[c][i] = unsigned_value(v_words[i] >> lane.shift(c) & 15) * v_factor;
       }
     }
   }

@@ -81,18 +81,26 @@ struct SignedCodec {
 
 // Codes of second moments at one scale.
 struct UnsignedCodec {
-  float step, inverse;
+  float unit, inverse;
 
-  SIMT_DEVICE explicit UnsignedCodec(float scale) : step(scale / 16), inverse(15.99999f / scale) {}
-  // The bin b = floor(16 x / scale) holds the one midpoint (b + .5) * scale / 16, between codes b - 1 and b; near a
+  // The range a little below 2^16 keeps the fourth root of the scale itself below 16, roughly as it is taken.
+  SIMT_DEVICE explicit UnsignedCodec(float scale) : unit(scale * kFourthPowerUnit), inverse(65000.f / scale) {}
+  // The bin b = floor(fourth root) holds the one midpoint (b^2 + b + 1)^2 - 1/2, between codes b - 1 and b; near a
   // bin's edge either bin gives the same code. Adding 1.5 * 2^23 leaves the rounded integer in the low bits.
   SIMT_DEVICE uint32_t encode(float x) const {
-    const float rounded = fmaf(x, inverse, -.5f) + 12582912.f;
+    const float rounded = rsqrt_approx(rsqrt_approx(x * inverse)) - .5f + 12582912.f;
     const int bin = static_cast<int>(f32_bits(rounded) - 0x4b400000u);
-    const int code = bin - 1 + (fmaf(-(rounded - 12582912.f + .5f), step, x) > 0);
+    const float b = rounded - 12582912.f, e = fmaf(b, b, b + 1);
+    const int code = bin - 1 + (fmaf(-fmaf(e, e, -.5f), unit, x) > 0);
     return code < 0 ? 0 : code;
   }
 };
+
+// The value of an unsigned code at scale 2^16.
+SIMT_DEVICE float unsigned_value(uint32_t code) {
+  const float j = static_cast<float>(code + 1), square = j * j;
+  return square * square;
+}
 
 // The values of the signed codes, for look-ups in shared memory: 16 floats in 16 banks, so never a conflict.
 SIMT_DEVICE float signed_value(int code) {

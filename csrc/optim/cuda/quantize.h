@@ -85,7 +85,7 @@ struct Dequantize {
 #pragma unroll
       for (int i = 0; i < 4; i++) {
         const uint32_t code = words[i] >> lane.shift(c) & 15;
-        x[i] = q.p.is_signed ? s.signed_values[code] * scale : static_cast<float>(code + 1) * (scale / 16);
+        x[i] = q.p.is_signed ? s.signed_values[code] * scale : unsigned_value(code) * (scale * kFourthPowerUnit);
       }
       store_run(x, q.p.values, block * kBlock + lane.element(c), q.p.n, q.aligned);
     }

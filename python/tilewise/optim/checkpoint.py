@@ -1,8 +1,9 @@
 """What may be loaded into an optimizer: everything is checked before anything is changed.
 
-Format, version 1 (``param_groups[i]["state_version"]``): per parameter ``step`` float32 scalar and either 32-bit states
+Format, version 2 (``param_groups[i]["state_version"]``): per parameter ``step`` float32 scalar and either 32-bit states
 (``exp_avg``, ``exp_avg_sq`` float32 of the parameter's shape) or 4-bit states (``exp_avg``, ``exp_avg_sq`` uint8
 (B, 64), ``scales`` float32 (B, 2)), in row-major order of the parameter's elements.
+In version 1 the codes of ``exp_avg_sq`` stood for (i + 1) / 16; such a dict raises.
 """
 
 import torch
@@ -10,7 +11,7 @@ import torch
 from tilewise.optim.options import OPTIONS, check_group
 from tilewise.optim.quantize import CODE_BYTES, block_count
 
-STATE_VERSION = 1
+STATE_VERSION = 2
 
 
 class Held:

@@ -6,8 +6,8 @@ BLOCK = 128
 _DYNAMIC_EXPONENT = [0, 0.0055, 0.0325, 0.0775, 0.2125, 0.4375, 0.6625, 0.8875, 1]
 _POSITIVE = torch.tensor([round(x * 2**23) / 2**23 for x in _DYNAMIC_EXPONENT], dtype=torch.float64)
 SIGNED_CODES = torch.cat([-_POSITIVE[1:8].flip(0), _POSITIVE])
-UNSIGNED_CODES = torch.arange(1, 17, dtype=torch.float64) / 16
-SIGNED_FLOOR, UNSIGNED_FLOOR = 2.0**-78, 2.0**-96
+UNSIGNED_CODES = (torch.arange(1, 17, dtype=torch.float64) / 16) ** 4
+SIGNED_FLOOR, UNSIGNED_FLOOR = 2.0**-78, 2.0**-86
 
 
 def _element_order():
