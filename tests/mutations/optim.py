@@ -17,6 +17,7 @@ MUTATIONS = [
     Mutation("no_bias_correction", STEP, "fmaf(sqrt_approx(v), t.inv_correction2, k.eps)", "sqrt_approx(v)", "plain"),
     Mutation("chunk_of_another_tensor", STEP, "chunk - t.first_chunk", "chunk", "plain"),
     Mutation("bad_moment_kept", STEP, "square = finite ? square : 0;", "", "plain"),
+    Mutation("second_moment_midpoint", CODEC, "fmaf(e, e, -.5f)", "e * e", "plain"),
     Mutation("midpoint_rounded_up", CODEC, "bits_f32(f32_bits(product) - 1) : product", "product : product", "plain"),
 ]
 OPTIONS = {"lr": 1e-2, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1}
@@ -60,13 +61,14 @@ def check_steps():
 
 
 def check_quantize():
-    middle = (reference.SIGNED_CODES[1:] + reference.SIGNED_CODES[:-1]) / 2
-    for scale in torch.rand(8):
-        at = (middle * scale).float()
-        values = torch.cat([at, at.nextafter(scale * 2), at.nextafter(-scale * 2), scale[None]])
-        indices, _ = reference.quantize(values, signed=True)
-        codes, _ = tw.optim.quantize_state(values, signed=True)
-        assert torch.equal(reference.unpack(codes)[0, : values.numel()], indices[0, : values.numel()])
+    for book, signed in ((reference.SIGNED_CODES, True), (reference.UNSIGNED_CODES, False)):
+        middle = (book[1:] + book[:-1]) / 2
+        for scale in torch.rand(8):
+            at = (middle * scale).float()
+            values = torch.cat([at, at.nextafter(scale * 2), at.nextafter(-scale * 2), scale[None]])
+            indices, _ = reference.quantize(values, signed)
+            codes, _ = tw.optim.quantize_state(values, signed=signed)
+            assert torch.equal(reference.unpack(codes)[0, : values.numel()], indices[0, : values.numel()])
 
 
 def check():
