@@ -41,7 +41,9 @@ class AdamW(Optimizer):
         m_q &= Q(m), \qquad v_q = Q(v)
 
     :math:`D` and :math:`Q` are :func:`dequantize_state` and :func:`quantize_state`: 4 bits per element and a scale per
-    128, together 1.0625 bytes per parameter instead of 8. The update itself uses the moments before they are quantised.
+    128, together 1.0625 bytes per parameter instead of 8. First moments take the nearest code of the dynamic-exponent
+    book, second moments that of :math:`((i + 1) / 16)^4`, times the block's largest magnitude. The update itself uses
+    the moments before they are quantised.
     B. Li, J. Chen, J. Zhu, *Memory Efficient Optimizers with 4-bit States*, NeurIPS 2023; I. Loshchilov, F. Hutter,
     *Decoupled Weight Decay Regularization*, ICLR 2019.
 
@@ -65,8 +67,8 @@ class AdamW(Optimizer):
     skipped.
 
     Raises:
-        ValueError: an option out of range; a state dict that is truncated, foreign or for other shapes (nothing is
-            changed then).
+        ValueError: an option out of range; a state dict that is truncated, foreign, of another version or for other
+            shapes (nothing is changed then).
         TypeError: an option, parameter, gradient or state of a wrong type or dtype; sparse gradients.
         NotImplementedError: ``state_bits=8``, or a ``block_size`` other than 128.
 
