@@ -18,7 +18,7 @@ TASKS = (
         partial(Transformer, depth=2),
         batch=8,
         length=256,
-        learning_rate=3e-3,
+        learning_rate=2.5e-3,
         max_steps=900,
     ),
     Task(
