@@ -65,8 +65,8 @@ def to(tensors, *args):
     return [None if t is None else t.to(*args) for t in tensors]
 
 
-def dskip_size(tensors, dy):
-    """The l2 norm of the products whose sum dskip is: the sum itself may be anything down to zero."""
+def products_size(tensors, dy):
+    """The l2 norm of the products whose sum dskip is, and each tap of dk: a sum itself may be anything down to zero."""
     u, _, pregate, postgate, _ = to(tensors, torch.float64)
     ones = torch.ones_like(u)
     return (u * (ones if pregate is None else pregate) * dy * (ones if postgate is None else postgate)).norm()
@@ -79,7 +79,7 @@ def check(device, tensors, dy, causal):
     names = ["y"] + ["d" + n for n, t in zip(("u", "k", "pre", "post", "skip"), tensors, strict=True) if t is not None]
     dtype = tensors[0].dtype
     for name, a, e in zip(names, got, exact, strict=True):
-        error = relative(a, e, dskip_size(tensors, dy) if name == "dskip" else 0.0)
+        error = relative(a, e, products_size(tensors, dy) if name in ("dk", "dskip") else 0.0)
         assert error <= (BOUND if name == "y" else GRADIENT_BOUND)[dtype], f"{name}: relative L2 {error:.2e}"
 
 
