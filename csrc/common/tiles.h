@@ -147,13 +147,65 @@ void pack_left(Packed* to, const TileLayout<kParts<T>>& layout, const Row& row, 
   }
 }
 
-// Rows that become the columns of a right operand: pairs of terms are transposed, 16 rows at a time.
+// One tile of a right operand from sixteen rows of which it takes the terms from `first` on, all 32 of them there.
+template <int P>
+TILEWISE_INLINE void pack_columns(Packed* to, int64_t part_stride, const float* const (&rows)[kTileRows],
+                                  int64_t first) {
+  for (int c = 0; c < 4; c++) {
+    VF low[4], high[4];
+    load_columns([&](int i) { return rows[i] + first; }, c, low);
+    load_columns([&](int i) { return rows[i] + first + W; }, c, high);
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+      Halves parts[P];
+      split_any(low[i], high[i], parts);
+#pragma GCC unroll 4
+      for (int p = 0; p < P; p++) _mm512_store_si512(to + p * part_stride + (4 * c + i) * kTileDepth, parts[p]);
+    }
+  }
+}
+// Pairs of bf16 move like floats.
+template <int P>
+TILEWISE_INLINE void pack_columns(Packed* to, int64_t, const Bf16* const (&rows)[kTileRows], int64_t first) {
+  for (int c = 0; c < 4; c++) {
+    VF columns[4];
+    load_columns([&](int i) { return reinterpret_cast<const float*>(rows[i] + first); }, c, columns);
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) store(reinterpret_cast<float*>(to + (4 * c + i) * kTileDepth), columns[i]);
+  }
+}
+// fp16, and tiles at an edge: by way of rows in memory, zero where the operand ends.
+template <class T>
+TILEWISE_INLINE void pack_columns_at_edge(Packed* to, int64_t part_stride, const T* const (&rows)[kTileRows],
+                                          int64_t first, int dim) {
+  for (int i = 0; i < kTileRows; i++) {
+    Halves parts[kParts<T>] = {};
+    if (rows[i]) load_parts(rows[i] + first, dim - first, parts);
+#pragma GCC unroll 4
+    for (int p = 0; p < kParts<T>; p++) _mm512_store_si512(to + p * part_stride + i * kTileDepth, parts[p]);
+  }
+  for (int p = 0; p < kParts<T>; p++) transpose_in_memory(reinterpret_cast<float*>(to + p * part_stride));
+}
+
+// Rows that become the columns of a right operand: pairs of terms are transposed, 16 rows at a time; row(i) as in
+// pack_left.
 template <class T, class Row>
 void pack_right_transposed(Packed* to, const TileLayout<kParts<T>>& layout, const Row& row, int count, int padded,
                            int dim) {
-  pack_left<T>(to, layout, row, count, padded, dim);
-  const int64_t tiles = padded / kTileRows * kParts<T> * layout.steps;
-  for (int64_t t = 0; t < tiles; t++) transpose_in_memory(reinterpret_cast<float*>(to + t * kTileSize));
+  for (int first = 0; first < padded; first += kTileRows) {
+    const T* rows[kTileRows];
+    for (int i = 0; i < kTileRows; i++) rows[i] = first + i < count ? row(first + i) : nullptr;
+    for (int k = 0; k < layout.steps; k++) {
+      Packed* at = to + layout.at(first / kTileRows, 0, k);
+      const bool whole = first + kTileRows <= count && (k + 1) * kTileDepth <= dim;
+      if constexpr (kParts<T> != 2)
+        if (whole) {
+          pack_columns<kParts<T>>(at, layout.part_stride(), rows, k * kTileDepth);
+          continue;
+        }
+      pack_columns_at_edge(at, layout.part_stride(), rows, k * kTileDepth, dim);
+    }
+  }
 }
 
 // Two rows of a right operand, all columns: the pairs of their terms stand ready in the vectors.

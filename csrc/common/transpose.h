@@ -27,31 +27,31 @@ TILEWISE_INLINE void transpose(VF (&rows)[W]) {
 }
 
 #if defined(__AVX512F__)
-// The same for 16 x 16 floats in memory, in half the shuffles: 128-bit lanes change places while they are loaded.
-inline void transpose_in_memory(float* block) {
-  VF turned[W];
+// Columns 4 c to 4 c + 3 of sixteen rows of sixteen floats, one vector each; row(i) gives the address of row i. Half
+// the shuffles of transpose(): 128-bit lanes change places while they are loaded.
+template <class Row>
+TILEWISE_INLINE void load_columns(const Row& row, int c, VF (&columns)[4]) {
+  __m512 v[4];  // lane l of v[i]: the four columns of row 4 l + i
 #pragma GCC unroll 4
-  for (int c = 0; c < 4; c++) {
-    VF row[4];  // lane l of row[i]: columns 4 c to 4 c + 3 of row 4 l + i
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; i++) {
-      const float* from = block + i * W + 4 * c;
-      __m512 v = _mm512_castps128_ps512(_mm_load_ps(from));
-      v = _mm512_mask_broadcast_f32x4(v, 0x00f0, _mm_load_ps(from + 4 * W));
-      v = _mm512_mask_broadcast_f32x4(v, 0x0f00, _mm_load_ps(from + 8 * W));
-      row[i] = (VF)_mm512_mask_broadcast_f32x4(v, 0xf000, _mm_load_ps(from + 12 * W));
-    }
-    const __m512 low01 = _mm512_unpacklo_ps((__m512)row[0], (__m512)row[1]);
-    const __m512 high01 = _mm512_unpackhi_ps((__m512)row[0], (__m512)row[1]);
-    const __m512 low23 = _mm512_unpacklo_ps((__m512)row[2], (__m512)row[3]);
-    const __m512 high23 = _mm512_unpackhi_ps((__m512)row[2], (__m512)row[3]);
-    turned[4 * c] = (VF)_mm512_shuffle_ps(low01, low23, 0x44);
-    turned[4 * c + 1] = (VF)_mm512_shuffle_ps(low01, low23, 0xee);
-    turned[4 * c + 2] = (VF)_mm512_shuffle_ps(high01, high23, 0x44);
-    turned[4 * c + 3] = (VF)_mm512_shuffle_ps(high01, high23, 0xee);
+  for (int i = 0; i < 4; i++) {
+    v[i] = _mm512_castps128_ps512(_mm_loadu_ps(row(i) + 4 * c));
+    v[i] = _mm512_mask_broadcast_f32x4(v[i], 0x00f0, _mm_loadu_ps(row(4 + i) + 4 * c));
+    v[i] = _mm512_mask_broadcast_f32x4(v[i], 0x0f00, _mm_loadu_ps(row(8 + i) + 4 * c));
+    v[i] = _mm512_mask_broadcast_f32x4(v[i], 0xf000, _mm_loadu_ps(row(12 + i) + 4 * c));
   }
+  const __m512 low01 = _mm512_unpacklo_ps(v[0], v[1]), high01 = _mm512_unpackhi_ps(v[0], v[1]);
+  const __m512 low23 = _mm512_unpacklo_ps(v[2], v[3]), high23 = _mm512_unpackhi_ps(v[2], v[3]);
+  columns[0] = (VF)_mm512_shuffle_ps(low01, low23, 0x44);
+  columns[1] = (VF)_mm512_shuffle_ps(low01, low23, 0xee);
+  columns[2] = (VF)_mm512_shuffle_ps(high01, high23, 0x44);
+  columns[3] = (VF)_mm512_shuffle_ps(high01, high23, 0xee);
+}
+inline void transpose_in_memory(float* block) {
+  VF turned[4][4];
+#pragma GCC unroll 4
+  for (int c = 0; c < 4; c++) load_columns([&](int i) { return block + i * W; }, c, turned[c]);
 #pragma GCC unroll 16
-  for (int i = 0; i < W; i++) store(block + i * W, turned[i]);
+  for (int i = 0; i < W; i++) store(block + i * W, turned[i / 4][i % 4]);
 }
 #endif
 
