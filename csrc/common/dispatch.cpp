@@ -1,6 +1,9 @@
 #include "common/dispatch.h"
 
 #include <dlfcn.h>
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -18,10 +21,15 @@ namespace {
 
 constexpr const char* kIsaNames[kIsaCount] = {"generic", "avx2", "avx512", "amx"};
 
-// Whether the operating system lets this process use AMX tiles; the answer holds for all its threads.
+// AMX tiles with bf16 products, and the operating system's leave to use them, which holds for all threads. Asked of the
+// processor itself: not every compiler knows the features' names.
 bool may_use_tiles() {
 #if defined(__x86_64__) && defined(SYS_arch_prctl)
+  constexpr unsigned kAvx512Bf16 = 1u << 5, kAmxBf16 = 1u << 22, kAmxTile = 1u << 24;
   constexpr int kRequestPermission = 0x1023, kTileData = 18;
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & kAmxBf16) || !(d & kAmxTile)) return false;
+  if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || !(a & kAvx512Bf16)) return false;
   static const bool granted = syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
   return granted;
 #else
@@ -37,9 +45,7 @@ bool machine_has(Isa isa) {
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
   if (isa == Isa::avx512) return avx512;
-  if (isa == Isa::amx)
-    return avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("amx-tile") &&
-           __builtin_cpu_supports("amx-bf16") && may_use_tiles();
+  if (isa == Isa::amx) return avx512 && may_use_tiles();
 #endif
   return isa == Isa::generic;
 }
