@@ -208,11 +208,12 @@ void pack_right_transposed(Packed* to, const TileLayout<kParts<T>>& layout, cons
   }
 }
 
-// Two rows of a right operand, all columns: the pairs of their terms stand ready in the vectors.
+// Two rows of a right operand, all columns up to whole pairs of tiles: the pairs of their terms stand ready in the
+// vectors.
 template <class T>
 TILEWISE_INLINE void pack_row_pair(Packed* to, const TileLayout<kParts<T>>& layout, const T* first, const T* second,
                                    int dim) {
-  for (int d = 0; d < dim; d += W, to += layout.tile_stride()) {
+  for (int d = 0; d < round_up(dim, kTileDepth); d += W, to += layout.tile_stride()) {
     Halves parts[kParts<T>];
     split_any(first ? load_up_to(first + d, dim - d) : VF{}, second ? load_up_to(second + d, dim - d) : VF{}, parts);
 #pragma GCC unroll 4
@@ -230,6 +231,10 @@ TILEWISE_INLINE void pack_row_pair(Packed* to, const TileLayout<1>& layout, cons
     _mm512_store_si512(to, _mm512_unpacklo_epi16(a[0], b[0]));
     _mm512_store_si512(to + layout.tile_stride(), _mm512_unpackhi_epi16(a[0], b[0]));
   }
+}
+template <int P>
+constexpr int natural_column(int i) {  // the column that stands at place i of 32
+  return P > 1 ? i : i % 16 / 4 * 8 + i / 16 * 4 + i % 4;
 }
 template <int P>
 TILEWISE_INLINE void natural_columns(VF& low, VF& high) {
@@ -254,6 +259,40 @@ void pack_right(Packed* to, const TileLayout<kParts<T>>& layout, const Row& row,
       pack_row_pair(at, layout, a, b, dim);
     }
   }
+}
+
+// Up to 32 rows whose columns become the rows of a left operand, as its step `step`; their pairs are the rows i and
+// i + 16, of every type. The result's rows are in the order of pack_row_pair().
+template <class T, class Row>
+void pack_left_transposed(Packed* to, const TileLayout<kParts<T>>& layout, int step, const Row& row, int count,
+                          int dim) {
+  to += layout.at(0, 0, step);
+  for (int i = 0; i < kTileRows; i++) {
+    const T* first = i < count ? row(i) : nullptr;
+    const T* second = i + kTileRows < count ? row(i + kTileRows) : nullptr;
+    pack_row_pair(to + i * kTileDepth, layout, first, second, dim);
+  }
+  const int64_t tiles = round_up(dim, kTileDepth) / kTileRows;
+  for (int64_t t = 0; t < tiles; t++)
+    for (int p = 0; p < kParts<T>; p++) transpose_in_memory(reinterpret_cast<float*>(to + layout.at(t, p, 0)));
+}
+
+// The square v[row i or i + 16][low or high half of 32 columns] as rows of a left operand (terms are columns), and as
+// pairs for a right operand (terms are rows): pairs[n] belongs to its tile n of columns. Of one part, columns are in
+// the order of pack_row_pair().
+template <int P>
+TILEWISE_INLINE void split_square(const VF (&v)[2][2], Halves (&rows)[2][P], Halves (&pairs)[2][P]) {
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; i++) {
+    split(v[i][0], v[i][1], rows[i]);
+    split(v[0][i], v[1][i], pairs[i]);
+  }
+}
+TILEWISE_INLINE void split_square(const VF (&v)[2][2], Halves (&rows)[2][1], Halves (&pairs)[2][1]) {
+  split(v[0][0], v[0][1], rows[0]);
+  split(v[1][0], v[1][1], rows[1]);
+  pairs[0][0] = _mm512_unpacklo_epi16(rows[0][0], rows[1][0]);
+  pairs[1][0] = _mm512_unpackhi_epi16(rows[0][0], rows[1][0]);
 }
 
 // ---- products ----

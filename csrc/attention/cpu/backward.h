@@ -1,29 +1,14 @@
 // Backward: probabilities are recomputed from lse, block by block. With P and dP = dO V^T as tiles,
 //   dS = scale * P * (dP - delta), delta = rowsum(dO * O);  dV += P^T dO;  dK += dS^T Q;  dQ += dS K.
-//
-// A task owns the gradients of a run of keys of one key/value head, so nothing races and every sum has a fixed order.
-// Where there are few heads their keys are split into several runs; each then leaves a partial dQ, and these are added
-// in order. The split depends on shapes only: results are the same bits on any number of threads.
 #pragma once
 #include "attention/cpu/forward.h"
+#include "attention/cpu/runs.h"
 
 namespace tilewise {
 namespace {
 
 constexpr int kBackwardTiles = 4;  // tiles of queries that pass over the keys together
 constexpr int kBackwardQueries = kBackwardTiles * kLanes;
-constexpr int kEnoughTasks = 16;  // split keys only below this
-constexpr int kShortestRun = 2 * kKeys;
-
-struct Split {
-  int64_t runs, keys;  // per head; keys of a run
-};
-inline Split split_keys(const ForwardParams& p) {
-  const int64_t heads = int64_t(p.batch) * p.kv_heads;
-  const int64_t wanted = min_of(ceil_div(kEnoughTasks, heads), ceil_div(p.seq_k, kShortestRun));
-  const int64_t keys = max_of<int64_t>(round_up(ceil_div(p.seq_k, max_of<int64_t>(wanted, 1)), kKeys), kKeys);
-  return {max_of<int64_t>(ceil_div(p.seq_k, keys), 1), keys};
-}
 
 struct BackwardTile {
   float *q, *dout, *dq;   // [d][lane], [dv][lane], [d][lane]; q scaled to base 2, dout by the scale
@@ -164,10 +149,8 @@ template <class T>
 struct BackwardTask {
   const BackwardParams& b;
   const ForwardParams& p;
-  const Sequence seq;
-  const int64_t kv_head, run, first_key;
-  const int keys;        // of this run
-  float* const partial;  // [hq, tokens, d] of this run, or null: write dq itself
+  const KeyRun& run;
+  const Sequence& seq;
   const BackwardScratch s;
 
   const T* rows(const void* base, const Strides& strides, int64_t head, int64_t row) const {
@@ -197,9 +180,8 @@ struct BackwardTask {
     float ones[kLanes];
     fill(ones, kLanes, 1);
     const int64_t at = seq.q_row + row;
-    if (partial) {
-      const int64_t tokens = p.cu_seqlens_q ? p.total_q : int64_t(p.batch) * p.seq_q;
-      unpack_tile(partial + (head * tokens + seq.batch * p.seq_q + at) * p.dim, p.dim, tile.dq, count, p.dim, ones);
+    if (run.partial) {
+      unpack_tile(run.partial_row(p, head, row), p.dim, tile.dq, count, p.dim, ones);
     } else {
       unpack_tile(row_of<T>(b.dq, b.dq_strides, seq.batch, head, at), b.dq_strides.row, tile.dq, count, p.dim, ones);
     }
@@ -208,15 +190,15 @@ struct BackwardTask {
   // The keys of this run against up to kBackwardQueries queries from `begin` on.
   void queries(int64_t head, int begin) const {
     const int count = min_of(kBackwardQueries, seq.queries - begin), tiles = static_cast<int>(ceil_div(count, kLanes));
-    const int64_t diagonal = diagonal_of(p, seq) - first_key;
+    const int64_t diagonal = diagonal_of(p, seq) - run.first_key;
     auto lanes_of = [&](int t) { return min_of(kLanes, count - t * kLanes); };
     for (int t = 0; t < tiles; t++) load_tile(s.tiles[t], head, begin + t * kLanes, lanes_of(t));
     const Rows q = as_vectors(rows(p.q, p.q_strides, head, seq.q_row + begin), p.q_strides.row, count, p.dim, s.q_rows);
     const Rows dout = as_vectors(rows(b.dout, b.dout_strides, head, seq.q_row + begin), b.dout_strides.row, count,
                                  p.v_dim, s.dout_rows);
-    const T* k = rows(p.k, p.k_strides, kv_head, seq.k_row + first_key);
-    const T* v = rows(p.v, p.v_strides, kv_head, seq.k_row + first_key);
-    const int64_t end = min_of<int64_t>(keys, begin + count + diagonal);
+    const T* k = rows(p.k, p.k_strides, run.kv_head, seq.k_row + run.first_key);
+    const T* v = rows(p.v, p.v_strides, run.kv_head, seq.k_row + run.first_key);
+    const int64_t end = min_of<int64_t>(run.keys, begin + count + diagonal);
     for (int64_t key = 0; key < end; key += kKeys) {
       const int block = static_cast<int>(min_of<int64_t>(kKeys, end - key));
       const Rows k_rows = as_floats(k + key * p.k_strides.row, p.k_strides.row, block, p.dim, s.k);
@@ -236,93 +218,31 @@ struct BackwardTask {
 
   void operator()() const {
     const int d = static_cast<int>(round_up(p.dim, W)), dv = static_cast<int>(round_up(p.v_dim, W));
-    fill(s.dk, int64_t(keys) * d, 0);
-    fill(s.dv, int64_t(keys) * dv, 0);
-    const int64_t group = p.q_heads / p.kv_heads;
-    // The first run sees every query and so writes all of dq; later ones start where their keys come into sight.
-    const int64_t sighted = run == 0 ? 0 : max_of<int64_t>(0, first_key - diagonal_of(p, seq));
-    for (int64_t head = kv_head * group; head < (kv_head + 1) * group; head++)
-      for (int64_t q = sighted / kLanes * kLanes; q < seq.queries; q += kBackwardQueries)
-        queries(head, static_cast<int>(q));
-    const int64_t at = seq.k_row + first_key;
-    narrow_rows(row_of<T>(b.dk, b.dk_strides, seq.batch, kv_head, at), b.dk_strides.row, s.dk, d, keys, p.dim);
-    narrow_rows(row_of<T>(b.dv, b.dv_strides, seq.batch, kv_head, at), b.dv_strides.row, s.dv, dv, keys, p.v_dim);
+    fill(s.dk, int64_t(run.keys) * d, 0);
+    fill(s.dv, int64_t(run.keys) * dv, 0);
+    const int64_t group = p.q_heads / p.kv_heads, first_query = run.first_query(p) / kLanes * kLanes;
+    for (int64_t head = run.kv_head * group; head < (run.kv_head + 1) * group; head++)
+      for (int64_t q = first_query; q < seq.queries; q += kBackwardQueries) queries(head, static_cast<int>(q));
+    const int64_t at = seq.k_row + run.first_key;
+    narrow_rows(row_of<T>(b.dk, b.dk_strides, seq.batch, run.kv_head, at), b.dk_strides.row, s.dk, d, run.keys, p.dim);
+    narrow_rows(row_of<T>(b.dv, b.dv_strides, seq.batch, run.kv_head, at), b.dv_strides.row, s.dv, dv, run.keys,
+                p.v_dim);
   }
 };
 
-// delta[row] = sum of dout * out
 template <class T>
-void write_delta(const BackwardParams& b, int64_t batch, int64_t head) {
+bool backward_task(const BackwardParams& b, const Runtime& rt, const KeyRun& run) {
   const ForwardParams& p = b.forward;
-  const Sequence seq = sequence_of(p, batch);
-  float* delta = row_of<float>(b.delta, statistics_strides(p), seq.batch, head, seq.q_row);
-  const T* out = row_of<const T>(p.out, p.out_strides, seq.batch, head, seq.q_row);
-  const T* dout = row_of<const T>(b.dout, b.dout_strides, seq.batch, head, seq.q_row);
-  for (int i = 0; i < seq.queries; i++) {
-    VF sum = {};
-    int d = 0;
-    for (; d + W <= p.v_dim; d += W) sum += load(out + d) * load(dout + d);
-    if (d < p.v_dim) sum += load(out + d, p.v_dim - d) * load(dout + d, p.v_dim - d);
-    delta[i] = reduce_add(sum);
-    out += p.out_strides.row;
-    dout += b.dout_strides.row;
-  }
-}
-
-// dq = the runs' partial results, added in order; a run wrote those rows that see its first key.
-template <class T>
-void add_partials(const BackwardParams& b, const Split& split, const float* partials, int64_t batch, int64_t head) {
-  const ForwardParams& p = b.forward;
-  const Sequence seq = sequence_of(p, batch);
-  const int64_t tokens = p.cu_seqlens_q ? p.total_q : int64_t(p.batch) * p.seq_q;
-  const int64_t diagonal = diagonal_of(p, seq), run_floats = p.q_heads * tokens * p.dim;
-  for (int i = 0; i < seq.queries; i++) {
-    const float* row = partials + (head * tokens + seq.batch * p.seq_q + seq.q_row + i) * p.dim;
-    T* dq = row_of<T>(b.dq, b.dq_strides, seq.batch, head, seq.q_row + i);
-    int64_t runs = 1;
-    while (runs < split.runs && runs * split.keys < seq.keys && runs * split.keys <= i + diagonal) runs++;
-    for (int d = 0; d < p.dim; d += W) {
-      VF sum = load(row + d, p.dim - d);
-      for (int64_t r = 1; r < runs; r++) sum += load(row + r * run_floats + d, p.dim - d);
-      store(dq + d, sum, p.dim - d);
-    }
-  }
+  float* memory = scratch<float>(rt, kTaskScratch, backward_scratch_floats(p, run.keys));
+  if (!memory) return false;
+  BackwardTask<T>{b, p, run, run.seq, carve(p, run.keys, memory)}();
+  return true;
 }
 
 template <class T>
 const char* backward_typed(const BackwardParams& b, const Runtime& rt) {
-  const ForwardParams& p = b.forward;
-  const bool inlined = runs_inline(p);
-  const int64_t q_heads = int64_t(p.batch) * p.q_heads, kv_heads = int64_t(p.batch) * p.kv_heads;
-  const char* failure = run_tasks(rt, inlined, q_heads, [&](int64_t i) {
-    write_delta<T>(b, i / p.q_heads, i % p.q_heads);
-    return true;
-  });
-  if (failure) return failure;
-
-  const Split split = split_keys(p);
-  float* partials = nullptr;
-  const int64_t run_floats = (p.cu_seqlens_q ? p.total_q : int64_t(p.batch) * p.seq_q) * p.q_heads * p.dim;
-  if (split.runs > 1) {
-    partials = scratch<float>(rt, kCallScratch, split.runs * run_floats);
-    if (!partials) return kOutOfMemory;
-  }
-  failure = run_tasks(rt, inlined, kv_heads * split.runs, [&](int64_t i) {
-    const int64_t run = i / kv_heads, batch = i % kv_heads / p.kv_heads, first_key = run * split.keys;
-    const Sequence seq = sequence_of(p, batch);
-    const int keys = static_cast<int>(max_of<int64_t>(0, min_of<int64_t>(split.keys, seq.keys - first_key)));
-    if (keys == 0 && run > 0) return true;
-    float* memory = scratch<float>(rt, kTaskScratch, backward_scratch_floats(p, split.keys));
-    if (!memory) return false;
-    float* partial = partials ? partials + run * run_floats : nullptr;
-    BackwardTask<T>{b, p, seq, i % p.kv_heads, run, first_key, keys, partial, carve(p, split.keys, memory)}();
-    return true;
-  });
-  if (failure || !partials) return failure;
-  return run_tasks(rt, inlined, q_heads, [&](int64_t i) {
-    add_partials<T>(b, split, partials, i / p.q_heads, i % p.q_heads);
-    return true;
-  });
+  return run_backward<T>(b, rt, split_keys(b.forward, kKeys), false,
+                         [&](const KeyRun& run) { return backward_task<T>(b, rt, run); });
 }
 
 const char* backward(const BackwardParams& b, const Runtime& rt) {

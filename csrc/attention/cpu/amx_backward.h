@@ -1,0 +1,322 @@
+// Backward on AMX tiles. Rows are queries, as in the forward, and S = Q K^T is the very product of the forward: float32
+// recomputes its scores bit by bit, so that their errors cancel those in lse.
+//
+// A unit is 32 queries by 32 keys. Its P and dS leave the vector registers as right operands (terms are queries) of the
+// transposed products dV^T = dO^T P and dK^T = Q^T dS, and dS also as left operand of dQ = dS K: nothing is transposed
+// but queries, once for all keys, and the gradients, once.
+#pragma once
+#include "attention/cpu/amx.h"
+#include "attention/cpu/backward.h"
+
+namespace tilewise {
+namespace {
+
+constexpr int kUnit = kTileDepth;  // queries, and keys, of a unit
+constexpr int kGroupTiles = 4;     // tiles of queries that pass over the keys together: terms of dV and dK
+constexpr int kBlockUnits = 2;     // units of keys of a block: terms of dQ
+constexpr int kGroupQueries = kGroupTiles * kUnit, kBlockKeys = kBlockUnits * kUnit;
+constexpr int kUnitSize = kUnit * kUnit;
+constexpr int64_t kChunkBytes = 512 * 1024;  // of packed keys and values, about: they stay in the L2 cache
+
+// Hands out pieces of one scratch buffer, 64-byte aligned; without one it only measures.
+struct Pieces {
+  char* memory;
+  int64_t used = 0;
+  template <class U>
+  void take(U*& piece, int64_t count) {
+    piece = reinterpret_cast<U*>(memory + used);
+    used += round_up(count * sizeof(U), 64);
+  }
+};
+
+template <class T>
+class TileGradients {
+ public:
+  static constexpr int P = kParts<T>;
+
+  TileGradients(const BackwardParams& b, const KeyRun& run)
+      : b_(b),
+        p_(b.forward),
+        run_(run),
+        dim_(static_cast<int>(round_up(p_.dim, kUnit))),
+        v_dim_(static_cast<int>(round_up(p_.v_dim, kUnit))),
+        chunk_keys_(static_cast<int>(min_of(chunk_keys(p_), round_up(run.keys, kBlockKeys)))),
+        by_dim_{dim_ / kUnit},
+        by_v_dim_{v_dim_ / kUnit} {}
+
+  // Keys that are packed at a time. Each time the queries are packed anew, and dq is added to.
+  static int64_t chunk_keys(const ForwardParams& p) {
+    const int64_t key_bytes = P * (2 * round_up(p.dim, kUnit) + round_up(p.v_dim, kUnit)) * sizeof(Packed);
+    return kChunkBytes / key_bytes / kBlockKeys * kBlockKeys;
+  }
+
+  int64_t bytes() { return use(nullptr); }
+  int64_t use(char* memory) {
+    Pieces pieces{memory};
+    pieces.take(k_, by_dim_.at(chunk_keys_ / kTileRows, 0, 0));
+    pieces.take(v_, by_v_dim_.at(chunk_keys_ / kTileRows, 0, 0));
+    pieces.take(k_rows_, chunk_keys_ / kBlockKeys * k_rows_size());
+    pieces.take(dk_, int64_t(chunk_keys_) * dim_);
+    pieces.take(dv_, int64_t(chunk_keys_) * v_dim_);
+    pieces.take(q_, by_dim_.at(kGroupQueries / kTileRows, 0, 0));
+    pieces.take(dout_, by_v_dim_.at(kGroupQueries / kTileRows, 0, 0));
+    pieces.take(q_turned_, kByQuery.at(dim_ / kTileRows, 0, 0));
+    pieces.take(dout_turned_, kByQuery.at(v_dim_ / kTileRows, 0, 0));
+    pieces.take(dq_, kGroupQueries * dim_);
+    pieces.take(p_right_, kByQuery.at(kBlockKeys / kTileRows, 0, 0));
+    pieces.take(ds_right_, kByQuery.at(kBlockKeys / kTileRows, 0, 0));
+    pieces.take(ds_left_, kByKey.at(2, 0, 0));
+    pieces.take(scores_, kUnitSize);
+    pieces.take(dp_, kUnitSize);
+    pieces.take(lse_, kGroupQueries);
+    pieces.take(lse_rest_, kGroupQueries);
+    pieces.take(delta_, kGroupQueries);
+    return pieces.used;
+  }
+
+  // False where some result is not finite: infinite inputs may have met parts that are zero and have become NaN, and a
+  // kernel that does not split its operands has to decide.
+  bool compute() {
+    const TileScope scope;
+    const int64_t group = p_.q_heads / p_.kv_heads;
+    int begin = 0;
+    do {
+      const int keys = min_of(chunk_keys_, run_.keys - begin);
+      pack_keys(begin, keys);
+      fill(dk_, round_up(keys, kUnit) * dim_, 0);
+      fill(dv_, round_up(keys, kUnit) * v_dim_, 0);
+      // Rows that no later key of the run sees need no second look.
+      const int64_t sighted = max_of<int64_t>(0, run_.first_key + begin - diagonal_of(p_, run_.seq));
+      const int64_t first_query = (begin == 0 ? run_.first_query(p_) : sighted) / kUnit * kUnit;
+      for (int64_t head = run_.kv_head * group; head < (run_.kv_head + 1) * group; head++)
+        for (int64_t q = first_query; q < run_.seq.queries; q += kGroupQueries)
+          add_queries(head, static_cast<int>(q), begin, keys);
+      store_keys(b_.dk, b_.dk_strides, dk_, begin, keys, p_.dim, set1(p_.scale));
+      store_keys(b_.dv, b_.dv_strides, dv_, begin, keys, p_.v_dim, set1(1));
+      begin += keys;
+    } while (begin < run_.keys);
+    return !any(not_finite_ != not_finite_);
+  }
+
+ private:
+  static constexpr TileLayout<P> kByQuery{kGroupTiles}, kByKey{kBlockUnits};
+
+  const BackwardParams& b_;
+  const ForwardParams& p_;
+  const KeyRun& run_;
+  int dim_, v_dim_;  // whole units
+  int chunk_keys_;
+  TileLayout<P> by_dim_, by_v_dim_;
+  VF not_finite_ = {};  // NaN from the first infinity or NaN on
+
+  Packed *k_, *v_;                   // right operands of S and dP
+  Packed* k_rows_;                   // [block]: right operands of dQ
+  Packed *q_, *dout_;                // left operands of S and dP
+  Packed *q_turned_, *dout_turned_;  // left operands of dK^T and dV^T
+  Packed *p_right_, *ds_right_;      // P and dS of the group and a block of keys
+  Packed* ds_left_;                  // dS of a tile of queries and a block of keys
+  float *dk_, *dv_;                  // [unit of keys][d][key], transposed
+  float* dq_;                        // [query of the group][d]
+  float *scores_, *dp_;              // [query][key] of a unit
+  float *lse_, *lse_rest_, *delta_;  // [query of the group]: lse in base 2, and what its rounding lost
+
+  int64_t k_rows_size() const { return kByKey.at(dim_ / kTileRows, 0, 0); }
+
+  auto rows_of(const void* base, const Strides& strides, int64_t head, int64_t first) const {
+    const T* row = row_of<const T>(base, strides, run_.seq.batch, head, first);
+    return [row, step = strides.row](int64_t i) { return row + i * step; };
+  }
+
+  void pack_keys(int begin, int keys) {
+    const int64_t at = run_.seq.k_row + run_.first_key + begin;
+    const int padded = static_cast<int>(round_up(keys, kUnit));
+    pack_right_transposed<T>(k_, by_dim_, rows_of(p_.k, p_.k_strides, run_.kv_head, at), keys, padded, p_.dim);
+    pack_right_transposed<T>(v_, by_v_dim_, rows_of(p_.v, p_.v_strides, run_.kv_head, at), keys, padded, p_.v_dim);
+    for (int key = 0; key < keys; key += kBlockKeys)
+      pack_right<T>(k_rows_ + key / kBlockKeys * k_rows_size(), kByKey,
+                    rows_of(p_.k, p_.k_strides, run_.kv_head, at + key), min_of(keys - key, kBlockKeys),
+                    min_of(padded - key, kBlockKeys), p_.dim);
+  }
+
+  // Tile t of the group: `count` queries from `row` on.
+  void pack_queries(int t, int64_t head, int row, int count) {
+    const int64_t at = run_.seq.q_row + row;
+    const auto q = rows_of(p_.q, p_.q_strides, head, at), dout = rows_of(b_.dout, b_.dout_strides, head, at);
+    pack_left<T>(q_ + by_dim_.at(2 * t, 0, 0), by_dim_, q, count, kUnit, p_.dim);
+    pack_left<T>(dout_ + by_v_dim_.at(2 * t, 0, 0), by_v_dim_, dout, count, kUnit, p_.v_dim);
+    pack_left_transposed<T>(q_turned_, kByQuery, t, q, count, p_.dim);
+    pack_left_transposed<T>(dout_turned_, kByQuery, t, dout, count, p_.v_dim);
+    const Strides statistics = statistics_strides(p_);
+    const float* lse = row_of<const float>(p_.lse, statistics, run_.seq.batch, head, at);
+    const float* delta = row_of<const float>(b_.delta, statistics, run_.seq.batch, head, at);
+    for (int i = 0, to = t * kUnit; i < kUnit; i++, to++) {
+      // An infinite lse makes every probability zero: padding, and queries that see no key.
+      const bool seen = i < count && lse[i] != -kInfinity;
+      const double exact = seen ? double(lse[i]) * kLog2e : 0;
+      lse_[to] = seen ? static_cast<float>(exact) : kInfinity;
+      lse_rest_[to] = seen ? static_cast<float>(exact - lse_[to]) : 0;
+      delta_[to] = i < count ? delta[i] : 0;
+    }
+  }
+
+  // Up to kGroupQueries queries from `begin` on and all keys of the chunk, which starts at `first_key` of the run.
+  void add_queries(int64_t head, int begin, int first_key, int keys) {
+    const int count = min_of(kGroupQueries, run_.seq.queries - begin);
+    const int tiles = static_cast<int>(ceil_div(count, kUnit));
+    for (int t = 0; t < tiles; t++) pack_queries(t, head, begin + t * kUnit, min_of(kUnit, count - t * kUnit));
+    fill(dq_, int64_t(tiles) * kUnit * dim_, 0);
+    // Query i of the group sees the keys of the chunk below first + i.
+    const int64_t first = begin + diagonal_of(p_, run_.seq) - run_.first_key - first_key + 1;
+    const int64_t end = min_of<int64_t>(keys, first + count - 1);
+    for (int key = 0; key < end; key += kBlockKeys)
+      add_block(count, first - key, key, static_cast<int>(min_of<int64_t>(kBlockKeys, end - key)));
+    store_queries(head, begin, count, first_key > 0);
+  }
+
+  // One block: `keys` keys from `key` of the chunk on, of which query i of the group sees those below first + i.
+  void add_block(int count, int64_t first, int key, int keys) {
+    const int tiles = static_cast<int>(ceil_div(count, kUnit)), units = static_cast<int>(ceil_div(keys, kUnit));
+    int sighted[kBlockUnits];  // the first tile that sees the unit
+    for (int& t : sighted) t = tiles;
+    for (int t = 0; t < tiles; t++) {
+      const int64_t end = min_of<int64_t>(keys, first + min_of((t + 1) * kUnit, count) - 1);
+      const int seen = end > 0 ? static_cast<int>(ceil_div(end, kUnit)) : 0;
+      for (int u = 0; u < seen; u++) {
+        sighted[u] = min_of(sighted[u], t);
+        add_unit(t, u, first + t * kUnit - u * kUnit, key + u * kUnit, min_of(kUnit, keys - u * kUnit));
+      }
+      if (seen > 0)
+        multiply_columns<P, 2>(run_of(ds_left_, kByKey, 0), k_rows_ + key / kBlockKeys * k_rows_size(), kByKey,
+                               dim_ / kTileRows, seen, dq_ + t * kUnit * dim_, dim_, true);
+    }
+    for (int u = 0; u < units; u++) {
+      const int64_t at = key + u * kUnit;
+      add_turned(dout_turned_, p_right_, u, sighted[u], tiles, dv_ + at * v_dim_, v_dim_);
+      add_turned(q_turned_, ds_right_, u, sighted[u], tiles, dk_ + at * dim_, dim_);
+    }
+  }
+
+  // P and dS of tile t of the group and unit u of the block, which starts at `key` of the chunk and has `count` keys;
+  // query i of the tile sees those below first + i.
+  void add_unit(int t, int u, int64_t first, int key, int count) {
+    multiply_packed<P, 2, 2>(run_of(q_, by_dim_, 2 * t), run_of(k_, by_dim_, key / kTileRows), by_dim_.steps, scores_,
+                             kUnit, false);
+    multiply_packed<P, 2, 2>(run_of(dout_, by_v_dim_, 2 * t), run_of(v_, by_v_dim_, key / kTileRows), by_v_dim_.steps,
+                             dp_, kUnit, false);
+    if (first >= kUnit && count == kUnit)
+      differentiate(t, u, SeesAll());
+    else
+      differentiate(t, u, SeesUpTo{first, count});
+  }
+
+  template <class Visible>
+  void differentiate(int t, int u, const Visible& visible) const {
+    const VF scale = set1(static_cast<float>(p_.scale * kLog2e));
+    for (int i = 0; i < kTileRows; i++) {
+      VF p[2][2], ds[2][2];
+#pragma GCC unroll 4
+      for (int at = 0; at < 4; at++) {
+        const int row = i + at / 2 * kTileRows, column = at % 2 * W, query = t * kUnit + row;
+        VF power = load(scores_ + row * kUnit + column) * scale - lse_[query];
+        if (P == 3) power -= lse_rest_[query];
+        const VF weight = fast_exp2(visible.hide(power, row, column));
+        p[at / 2][at % 2] = weight;
+        ds[at / 2][at % 2] = weight * (load(dp_ + row * kUnit + column) - delta_[query]);
+      }
+      Halves rows[2][P], pairs[2][P];
+      split_square(p, rows, pairs);
+      store_pairs(p_right_, t, u, i, pairs);
+      split_square(ds, rows, pairs);
+      store_pairs(ds_right_, t, u, i, pairs);
+#pragma GCC unroll 6
+      for (int at = 0; at < 2 * P; at++)
+        _mm512_store_si512(ds_left_ + kByKey.at(at / P, at % P, u) + i * kTileDepth, rows[at / P][at % P]);
+    }
+  }
+  TILEWISE_INLINE static void store_pairs(Packed* to, int t, int u, int i, const Halves (&pairs)[2][P]) {
+#pragma GCC unroll 6
+    for (int at = 0; at < 2 * P; at++)
+      _mm512_store_si512(to + kByQuery.at(2 * u + at / P, at % P, t) + i * kTileDepth, pairs[at / P][at % P]);
+  }
+
+  // c[d][key of unit u] += sum over the queries of tiles [first, end) of left[d][query] * right[query][key].
+  static void add_turned(const Packed* left, const Packed* right, int u, int first, int end, float* c, int dim) {
+    const Packed *from = left + first * kTileSize, *weights = right + first * kTileSize;
+    if (first < end)
+      for (int d = 0; d < dim; d += kUnit)
+        multiply_packed<P, 2, 2>(run_of(from, kByQuery, d / kTileRows), run_of(weights, kByQuery, 2 * u), end - first,
+                                 c + d * kUnit, kUnit, true);
+  }
+
+  // The columns [d, d + 32) of a row, n of which exist.
+  template <class U>
+  TILEWISE_INLINE void store_unit(U* to, VF low, VF high, VF scale, int n, bool add) {
+    natural_columns<P>(low, high);
+    store_some(to, low * scale, n, add);
+    if (n > W) store_some(to + W, high * scale, n - W, add);
+  }
+  template <class U>
+  TILEWISE_INLINE void store_some(U* to, VF value, int n, bool add) {
+    const int lanes = min_of(n, W);
+    not_finite_ += select(first_lanes(lanes), value, VF{}) * 0.f;
+    if (add) value += load(to, lanes);
+    store(to, value, lanes);
+  }
+
+  void store_queries(int64_t head, int begin, int count, bool add) {
+    for (int i = 0; i < count; i++) {
+      T* dq = row_of<T>(b_.dq, b_.dq_strides, run_.seq.batch, head, run_.seq.q_row + begin + i);
+      for (int d = 0; d < p_.dim; d += kUnit) {
+        const float* from = dq_ + i * dim_ + d;
+        const VF low = load(from), high = load(from + W), scale = set1(p_.scale);
+        if (run_.partial)
+          store_unit(run_.partial_row(p_, head, begin + i) + d, low, high, scale, p_.dim - d, add);
+        else
+          store_unit(dq + d, low, high, scale, p_.dim - d, false);
+      }
+    }
+  }
+
+  void store_keys(void* base, const Strides& strides, const float* turned, int begin, int keys, int dim, VF scale) {
+    T* to = row_of<T>(base, strides, run_.seq.batch, run_.kv_head, run_.seq.k_row + run_.first_key + begin);
+    const int64_t unit_size = round_up(dim, kUnit) * kUnit;
+    for (int key = 0; key < round_up(keys, kUnit); key += W)
+      for (int d = 0; d < dim; d += kUnit) {
+        const float* from = turned + key / kUnit * unit_size + d * kUnit + key % kUnit;
+        VF low[W], high[W];
+#pragma GCC unroll 16
+        for (int i = 0; i < W; i++) low[i] = load(from + i * kUnit), high[i] = load(from + (W + i) * kUnit);
+        transpose(low);
+        transpose(high);
+        for (int i = 0; i < W; i++) {
+          const int row = key / kUnit * kUnit + natural_column<P>(key % kUnit + i);
+          if (row < keys) store_unit(to + row * strides.row + d, low[i], high[i], scale, dim - d, false);
+        }
+      }
+  }
+};
+
+template <class T>
+const char* backward_tiles(const BackwardParams& b, const Runtime& rt) {
+  const Split split = split_keys(b.forward, kBlockKeys * 2);
+  const bool chunks = split.keys > TileGradients<T>::chunk_keys(b.forward);
+  return run_backward<T>(b, rt, split, chunks, [&](const KeyRun& run) {
+    if (run.seq.queries < kMinTileQueries) return backward_task<T>(b, rt, run);
+    TileGradients<T> gradients(b, run);
+    char* memory = scratch<char>(rt, kTaskScratch, gradients.bytes());
+    if (!memory) return false;
+    gradients.use(memory);
+    return gradients.compute() || backward_task<T>(b, rt, run);
+  });
+}
+
+const char* backward_on_tiles(const BackwardParams& b, const Runtime& rt) {
+  switch (b.forward.type) {
+    case Type::f32: return backward(b, rt);
+    case Type::f16: return backward_tiles<Fp16>(b, rt);
+    default: return backward_tiles<Bf16>(b, rt);
+  }
+}
+
+}  // namespace
+}  // namespace tilewise
