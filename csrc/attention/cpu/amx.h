@@ -96,10 +96,9 @@ const char* forward_tiles(const ForwardParams& p, const Runtime& rt) {
   });
 }
 
-// float32 stays with the vector kernels: its backward takes the rounding errors of its scores to be those in lse.
 const char* forward_on_tiles(const ForwardParams& p, const Runtime& rt) {
   switch (p.type) {
-    case Type::f32: return forward(p, rt);
+    case Type::f32: return forward_tiles<float>(p, rt);
     case Type::f16: return forward_tiles<Fp16>(p, rt);
     default: return forward_tiles<Bf16>(p, rt);
   }
