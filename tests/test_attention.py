@@ -18,7 +18,13 @@ SHAPES = [
     Shape(1, 1, 1, 1030, 1030, 64, 64),
     Shape(2, 8, 1, 1, 300, 128, 128),
 ]
-ODD_DIMS = [Shape(1, 2, 1, 33, 65, 40, 24), Shape(1, 2, 2, 70, 50, 7, 3), Shape(1, 1, 1, 64, 64, 256, 256)]
+ODD_DIMS = [
+    Shape(1, 2, 1, 33, 65, 40, 24),
+    Shape(1, 2, 2, 70, 50, 7, 3),
+    Shape(1, 1, 1, 64, 64, 256, 256),
+    Shape(1, 2, 2, 70, 200, 256, 256),  # more keys than the tile kernel packs at a time
+    Shape(1, 1, 1, 33, 600, 256, 256),  # the same in several runs
+]
 EMPTY = [Shape(2, 3, 3, 16, 0, 64, 64), Shape(0, 3, 3, 16, 4, 64, 64), Shape(1, 2, 1, 0, 5, 64, 64)]
 
 

@@ -13,14 +13,14 @@ namespace {
 
 constexpr int kUnit = kTileDepth;  // queries, and keys, of a unit
 constexpr int kGroupTiles = 4;     // tiles of queries that pass over the keys together: terms of dV and dK
-constexpr int kBlockUnits = 2;     // units of keys of a block: terms of dQ
+constexpr int kBlockUnits = 4;     // units of keys of a block: terms of dQ
 constexpr int kGroupQueries = kGroupTiles * kUnit, kBlockKeys = kBlockUnits * kUnit;
 constexpr int kUnitSize = kUnit * kUnit;
-constexpr int64_t kChunkBytes = 512 * 1024;  // of packed keys and values, about: they stay in the L2 cache
+constexpr int64_t kChunkBytes = 1024 * 1024;  // of packed keys and values, about: they stay in the L2 cache
 
 // Hands out pieces of one scratch buffer, 64-byte aligned; without one it only measures.
 struct Pieces {
-  char* memory;
+  uintptr_t memory;
   int64_t used = 0;
   template <class U>
   void take(U*& piece, int64_t count) {
@@ -47,12 +47,12 @@ class TileGradients {
   // Keys that are packed at a time. Each time the queries are packed anew, and dq is added to.
   static int64_t chunk_keys(const ForwardParams& p) {
     const int64_t key_bytes = P * (2 * round_up(p.dim, kUnit) + round_up(p.v_dim, kUnit)) * sizeof(Packed);
-    return kChunkBytes / key_bytes / kBlockKeys * kBlockKeys;
+    return max_of<int64_t>(kChunkBytes / key_bytes / kBlockKeys, 1) * kBlockKeys;
   }
 
   int64_t bytes() { return use(nullptr); }
-  int64_t use(char* memory) {
-    Pieces pieces{memory};
+  int64_t use(void* memory) {
+    Pieces pieces{reinterpret_cast<uintptr_t>(memory)};
     pieces.take(k_, by_dim_.at(chunk_keys_ / kTileRows, 0, 0));
     pieces.take(v_, by_v_dim_.at(chunk_keys_ / kTileRows, 0, 0));
     pieces.take(k_rows_, chunk_keys_ / kBlockKeys * k_rows_size());
@@ -85,7 +85,7 @@ class TileGradients {
       pack_keys(begin, keys);
       fill(dk_, round_up(keys, kUnit) * dim_, 0);
       fill(dv_, round_up(keys, kUnit) * v_dim_, 0);
-      // Rows that no later key of the run sees need no second look.
+      // Later keys of the run, as later runs, start where they come into sight.
       const int64_t sighted = max_of<int64_t>(0, run_.first_key + begin - diagonal_of(p_, run_.seq));
       const int64_t first_query = (begin == 0 ? run_.first_query(p_) : sighted) / kUnit * kUnit;
       for (int64_t head = run_.kv_head * group; head < (run_.kv_head + 1) * group; head++)
@@ -99,7 +99,8 @@ class TileGradients {
   }
 
  private:
-  static constexpr TileLayout<P> kByQuery{kGroupTiles}, kByKey{kBlockUnits};
+  // One step more than is used: tiles and parts 4 KB apart would meet in the same sets of the L1 cache.
+  static constexpr TileLayout<P> kByQuery{kGroupTiles + 1}, kByKey{kBlockUnits + 1};
 
   const BackwardParams& b_;
   const ForwardParams& p_;
@@ -298,7 +299,7 @@ class TileGradients {
 
 template <class T>
 const char* backward_tiles(const BackwardParams& b, const Runtime& rt) {
-  const Split split = split_keys(b.forward, kBlockKeys * 2);
+  const Split split = split_keys(b.forward, kBlockKeys);
   const bool chunks = split.keys > TileGradients<T>::chunk_keys(b.forward);
   return run_backward<T>(b, rt, split, chunks, [&](const KeyRun& run) {
     if (run.seq.queries < kMinTileQueries) return backward_task<T>(b, rt, run);
