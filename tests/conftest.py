@@ -16,7 +16,6 @@ import torch
 from harness.emulation import MODE, emulator_library
 from tilewise import _C
 
-
 # The families that have kernels of their own for AMX tiles; the others would run their AVX-512 kernels twice.
 _AMX_FAMILIES = tuple(p.parts[-3] for p in Path(__file__).parents[1].glob("csrc/*/cpu/amx.cpp"))
 
