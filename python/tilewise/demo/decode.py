@@ -67,17 +67,17 @@ class PagedTransformer:
 
         return self.model(tree.tokens.long(), links.positions.clamp(min=0), attend)
 
-    def accept(self, verified: spec.Verified) -> None:
-        """Keeps the root and the accepted nodes in the cache, in their order."""
+    def accept(self, verified: spec.Verified, going_on: torch.Tensor) -> None:
+        """Keeps the root and the accepted nodes in the cache, in their order; sequences that do not go on stay."""
         spec.compact_kv(self.caches, self.block_table, self.lengths, verified.path, verified.accept_len)
-        self.lengths += verified.accept_len + 1
+        self.lengths += (verified.accept_len + 1) * going_on
 
 
 @torch.no_grad()
 def _decode(model: Transformer, prompts: torch.Tensor, draft, report) -> Decoded:
     """``draft(table, root)`` proposes a tree for root tokens (B,)."""
     batch, length = prompts.shape
-    paged = PagedTransformer(model, batch, length + NEW_TOKENS + 2 * spec.MAX_NODES)
+    paged = PagedTransformer(model, batch, length + NEW_TOKENS + 2 * spec.MAX_NODES)  # a step adds at most one tree
     table = torch.zeros(VOCABULARY, BRANCHING, dtype=torch.int32)
     logits = paged.forward(spec.DraftTree.chain(prompts.to(torch.int32)))
     paged.lengths += length
@@ -86,15 +86,20 @@ def _decode(model: Transformer, prompts: torch.Tensor, draft, report) -> Decoded
     tokens = [[int(t)] for t in root]
     begin, steps = time.perf_counter(), 0
     while min(map(len, tokens)) < NEW_TOKENS:
+        # A sequence that is through repeats its last step: one that accepts much must not outgrow its pages.
+        going_on = torch.tensor([len(row) < NEW_TOKENS for row in tokens])
         tree = draft(table, root)
         logits = paged.forward(tree)
         verified = spec.verify_greedy(tree.parent, tree.tokens, logits, n_nodes=tree.n_nodes)
-        paged.accept(verified)
+        paged.accept(verified, going_on)
         topk = logits.topk(BRANCHING).indices.to(torch.int32)
         spec.table_update(table, tree.tokens, topk, n_nodes=tree.n_nodes)
-        root = verified.out_tokens.gather(1, verified.accept_len.long().unsqueeze(1)).squeeze(1)
-        for row, new, count in zip(tokens, verified.out_tokens.tolist(), verified.accept_len.tolist(), strict=True):
-            row += new[: count + 1]
+        last = verified.out_tokens.gather(1, verified.accept_len.long().unsqueeze(1)).squeeze(1)
+        root = torch.where(going_on, last, root)
+        for row, new, count, more in zip(
+            tokens, verified.out_tokens.tolist(), verified.accept_len.tolist(), going_on.tolist(), strict=True
+        ):
+            row += new[: count + 1] if more else []
         steps += 1
         report(min(map(len, tokens)))
     seconds = time.perf_counter() - begin
