@@ -312,11 +312,7 @@ const char* backward_tiles(const BackwardParams& b, const Runtime& rt) {
 }
 
 const char* backward_on_tiles(const BackwardParams& b, const Runtime& rt) {
-  switch (b.forward.type) {
-    case Type::f32: return backward_tiles<float>(b, rt);
-    case Type::f16: return backward_tiles<Fp16>(b, rt);
-    default: return backward_tiles<Bf16>(b, rt);
-  }
+  return for_type(b.forward.type, [&](auto type) { return backward_tiles<decltype(type)>(b, rt); });
 }
 
 }  // namespace

@@ -246,11 +246,7 @@ const char* backward_typed(const BackwardParams& b, const Runtime& rt) {
 }
 
 const char* backward(const BackwardParams& b, const Runtime& rt) {
-  switch (b.forward.type) {
-    case Type::f32: return backward_typed<float>(b, rt);
-    case Type::f16: return backward_typed<Fp16>(b, rt);
-    default: return backward_typed<Bf16>(b, rt);
-  }
+  return for_type(b.forward.type, [&](auto type) { return backward_typed<decltype(type)>(b, rt); });
 }
 
 }  // namespace

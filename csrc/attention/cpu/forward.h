@@ -208,21 +208,22 @@ bool forward_task(const ForwardParams& p, const Runtime& rt, int64_t b, int64_t 
   return true;
 }
 
-template <class T>
-const char* forward_typed(const ForwardParams& p, const Runtime& rt) {
+// task(batch, head, block of kTaskQueries queries) for all of a call.
+template <class Task>
+const char* for_query_blocks(const ForwardParams& p, const Runtime& rt, const Task& task) {
   const int64_t heads = int64_t(p.batch) * p.q_heads, blocks = ceil_div(p.seq_q, kTaskQueries);
   return run_tasks(rt, runs_inline(p), heads * blocks, [&](int64_t i) {
     const int64_t head = i % heads, block = blocks - 1 - i / heads;  // causal: the longest first
-    return forward_task<T>(p, rt, head / p.q_heads, head % p.q_heads, block);
+    return task(head / p.q_heads, head % p.q_heads, block);
   });
 }
 
 const char* forward(const ForwardParams& p, const Runtime& rt) {
-  switch (p.type) {
-    case Type::f32: return forward_typed<float>(p, rt);
-    case Type::f16: return forward_typed<Fp16>(p, rt);
-    default: return forward_typed<Bf16>(p, rt);
-  }
+  return for_type(p.type, [&](auto type) {
+    return for_query_blocks(p, rt, [&](int64_t b, int64_t head, int64_t block) {
+      return forward_task<decltype(type)>(p, rt, b, head, block);
+    });
+  });
 }
 
 }  // namespace

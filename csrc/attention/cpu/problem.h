@@ -60,5 +60,15 @@ const char* run_tasks(const Runtime& rt, bool inlined, int64_t tasks, const F& b
   return failed ? kOutOfMemory : nullptr;
 }
 
+// f(T()) for the element type of a call.
+template <class F>
+const char* for_type(Type type, const F& f) {
+  switch (type) {
+    case Type::f32: return f(float());
+    case Type::f16: return f(Fp16());
+    default: return f(Bf16());
+  }
+}
+
 }  // namespace
 }  // namespace tilewise
