@@ -64,8 +64,12 @@ def inputs(shape, dtype, device, layout="bhsd"):
 
 
 def with_gradients(run, tensors, dout, dtype):
-    """(out, lse, dq, dk, dv) of run(q, k, v) -> (out, lse), all in ``dtype`` arithmetic."""
-    leaves = [t.detach().to(dtype).requires_grad_() for t in tensors]
+    """(out, lse, dq, dk, dv, ...) of run(q, k, v, ...) -> (out, lse), all in ``dtype`` arithmetic.
+
+    What stands behind v keeps the type it has, unless all is float64.
+    """
+    keep = lambda t, i: t if i > 2 and dtype != torch.float64 else t.to(dtype)  # noqa: E731
+    leaves = [keep(t.detach(), i).clone().requires_grad_() for i, t in enumerate(tensors)]
     out, lse = run(*leaves)
     return out.detach(), lse.detach(), *torch.autograd.grad(out, leaves, dout.to(dtype))
 
@@ -73,13 +77,14 @@ def with_gradients(run, tensors, dout, dtype):
 def flash(plain):
     """``plain`` with torch's own fused attention in place of its formula: gradients through rowsum(dO * O), as ours.
 
-    Where a row sees nothing, which torch's operator does not define, it stays with the formula.
+    Where a row sees nothing, which torch's operator does not define, it stays with the formula; so it does with options
+    that torch's operator lacks.
     """
 
-    def fused(q, k, v, *, causal=False, scale=None):
-        out, lse = formula(q, k, v, causal=causal, scale=scale)
+    def fused(q, k, v, *, causal=False, scale=None, **options):
+        out, lse = formula(q, k, v, causal=causal, scale=scale, **options)
         queries, keys = q.shape[2], k.shape[2]
-        if not q.numel() or not k.numel() or (causal and queries > keys):
+        if options or not q.numel() or not k.numel() or (causal and queries > keys):
             return out, lse
         mask = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries) if causal else None
         grouped = q.shape[1] != k.shape[1]
@@ -88,35 +93,37 @@ def flash(plain):
 
     formula = reference.attention
 
-    def run(q, k, v):
+    def run(*tensors):
         with mock.patch.object(reference, "attention", fused):
-            return plain(q, k, v)
+            return plain(*tensors)
 
     return run
 
 
-def judge(kernel, plain, tensors, dout, dtype):
-    """kernel(q, k, v) -> (out, lse) and its gradients beside plain torch in the same dtype, both against float64.
+GRADIENTS = ("dq", "dk", "dv")
+
+
+def judge(kernel, plain, tensors, dout, dtype, gradients=GRADIENTS):
+    """kernel(q, k, v, ...) -> (out, lse) and its gradients beside plain torch in the same dtype, both against float64.
 
     torch's errors are those of its two ways, formula and fused operator.
     """
-    out, lse, *gradients = with_gradients(kernel, tensors, dout, dtype)
+    out, lse, *got = with_gradients(kernel, tensors, dout, dtype)
     exact_lse = plain(*doubled(tensors))[1]
     assert_lse_close(lse, exact_lse)
 
     def evaluated(run):
-        def evaluate(q, k, v, dout):
-            out, _, *gradients = with_gradients(run, (q, k, v), dout, q.dtype)
+        def evaluate(*tensors_and_dout):
+            *tensors, dout = tensors_and_dout
+            out, _, *gradients = with_gradients(run, tensors, dout, tensors[0].dtype)
             return out, *gradients
 
         return evaluate
 
     ways = [evaluated(plain), evaluated(flash(plain))]
     rulers = yardsticks(ways, [*tensors, dout], draws(8 * lse.numel()))
-    for name, factor, got, ruler in zip(
-        ("out", "dq", "dk", "dv"), (2, 3, 3, 3), (out, *gradients), rulers, strict=True
-    ):
-        assert_accurate(name, got, ruler, factor)
+    for i, (name, result, ruler) in enumerate(zip(("out", *gradients), (out, *got), rulers, strict=True)):
+        assert_accurate(name, result, ruler, 3 if i else 2)
 
 
 def assert_lse_close(got, exact):

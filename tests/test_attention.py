@@ -8,6 +8,7 @@ import torch
 import tilewise as tw
 from attention_cases import DTYPES, Shape, inputs, judge
 from harness.emulation import assert_schedules_agree
+from tilewise.attention.options import pack
 from tilewise.reference import attention as reference
 
 SHAPES = [
@@ -204,11 +205,11 @@ def test_out_variant(device):
 @pytest.mark.parametrize("v_dim", [64, 32])
 def test_opcheck(v_dim):
     q, k, v = (torch.randn(1, 2, 9, d, requires_grad=True) for d in (64, 64, v_dim))
-    ops = torch.ops.tilewise
-    torch.library.opcheck(ops.attention.default, (q, k, v, True, None, False))
+    ops, options = torch.ops.tilewise, lambda q, **given: pack("attention", q, 9, **given)
+    torch.library.opcheck(ops.attention.default, (q, k, v, *options(q, causal=True)))
     out, lse = (t.detach() for t in tw.attention(q, k, v, return_lse=True))
     q, k, v = (t.detach() for t in (q, k, v))
-    torch.library.opcheck(ops.attention_backward.default, (out, q, k, v, out, lse, True, 0.5, True))
+    torch.library.opcheck(ops.attention_backward.default, (out, q, k, v, out, lse, False, *options(q, scale=0.5)))
     torch.library.opcheck(ops.attention_out.default, (q, k, v, out, lse, True, 0.5))
 
 

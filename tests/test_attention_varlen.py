@@ -8,6 +8,7 @@ import torch
 import tilewise as tw
 from attention_cases import DTYPES, judge
 from harness.emulation import assert_schedules_agree
+from tilewise.attention.options import pack as pack_options
 from tilewise.reference import attention as reference
 
 # lengths of queries and keys of each sequence
@@ -126,8 +127,10 @@ def test_opcheck():
 
     (q, k, v), cu = pack(([5, 4], [5, 8]), Cpu)
     leaves = [t.requires_grad_() for t in (q, k, v)]
-    ops, options = torch.ops.tilewise, (None, None, True, None, False)
-    torch.library.opcheck(ops.attention_varlen.default, (*leaves, *cu, *options))
-    out, lse = (t.detach() for t in ops.attention_varlen(*leaves, *cu, *options))
+    ops, options = torch.ops.tilewise, pack_options("attention_varlen", q, None, causal=True)
+    torch.library.opcheck(ops.attention_varlen.default, (*leaves, *cu, None, None, *options))
+    out, lse = (t.detach() for t in ops.attention_varlen(*leaves, *cu, None, None, *options))
     leaves = [t.detach() for t in leaves]
-    torch.library.opcheck(ops.attention_varlen_backward.default, (out, *leaves, *cu, out, lse, *options))
+    torch.library.opcheck(
+        ops.attention_varlen_backward.default, (out, *leaves, *cu, out, lse, None, None, False, *options)
+    )

@@ -1,14 +1,9 @@
-// The family's only argument checks, and the choice of its kernels.
-#include "tilewise/attention.h"
-
+// Dense and packed attention: checked arguments to the kernels' parameters, and the choice of the kernels.
 #include <algorithm>
-#include <climits>
 #include <cmath>
 #include <utility>
 
-#include "attention/params.h"
-#include "common/check.h"
-#include "common/dispatch.h"
+#include "attention/arguments.h"
 
 namespace tilewise {
 
@@ -16,102 +11,13 @@ TILEWISE_KERNEL_SET(attention)
 
 namespace {
 
+using attention::Arguments;
 using attention::BackwardParams;
 using attention::ForwardParams;
 using attention::Kernels;
-using attention::Strides;
-using attention::Type;
-
-constexpr int kMaxHeadDim = 256;
-
-// A [b, h, s, d] tensor, or a packed [t, h, d] one seen as [1, h, t, d].
-struct View {
-  int64_t batch, heads, rows, dim;
-  Strides strides;
-};
-View view_of(const Tensor& t) {
-  const int64_t *n = t.shape, *s = t.strides;
-  if (t.ndim == 4) return {n[0], n[1], n[2], n[3], {s[0], s[1], s[2]}};
-  return {1, n[1], n[0], n[2], {0, s[1], s[0]}};
-}
-
-// The checks of one call; every tensor it is shown must be on q's device and of q's dtype.
-struct Arguments {
-  Check check;
-  const Tensor& q;
-
-  void like_q(const Tensor& t, const char* name) const {
-    check.same_dtype(t, name, q, "q");
-    check.same_device(t, name, q, "q");
-    check.last_dim_contiguous(t, name);
-  }
-
-  void input(const Tensor& t, const char* name, std::initializer_list<int64_t> shape) const {
-    check.shape(t, name, shape);
-    like_q(t, name);
-  }
-
-  void same_shape(const Tensor& t, const char* name, const Tensor& as) const {
-    if (as.ndim == 4)
-      check.shape(t, name, {as.shape[0], as.shape[1], as.shape[2], as.shape[3]});
-    else
-      check.shape(t, name, {as.shape[0], as.shape[1], as.shape[2]});
-  }
-
-  void statistic(const Tensor& t, const char* name) const {
-    check.dtype(t, name, {DType::f32});
-    check.same_device(t, name, q, "q");
-    if (q.ndim == 4)
-      check.shape(t, name, {q.shape[0], q.shape[1], q.shape[2]});
-    else
-      check.shape(t, name, {q.shape[1], q.shape[0]});
-    check.contiguous(t, name);
-  }
-
-  void output(const Tensor& t, const char* name, std::initializer_list<const Tensor*> others) const {
-    check.output(t, name);
-    for (const Tensor* other : others)
-      if (other) check.no_overlap(t, name, *other, "another argument");
-  }
-
-  // q, k and v of one call, packed (3 dimensions) or not (4).
-  void inputs(const Tensor& k, const Tensor& v, int dims) const {
-    check.dims(q, "q", dims);
-    check.dims(k, "k", dims);
-    check.dims(v, "v", dims);
-    check.dtype(q, "q", {DType::f32, DType::f16, DType::bf16});
-    for (const auto& [tensor, name] : {std::pair{&q, "q"}, {&k, "k"}, {&v, "v"}}) like_q(*tensor, name);
-    const View a = view_of(q), b = view_of(k), c = view_of(v);
-    check.that(b.batch == a.batch, "k", "has batch %ld, expected %ld (q's)", b.batch, a.batch);
-    check.that(b.dim == a.dim, "k", "has head dim %ld, expected %ld (q's)", b.dim, a.dim);
-    check.that(c.batch == a.batch, "v", "has batch %ld, expected %ld (q's)", c.batch, a.batch);
-    check.that(c.heads == b.heads, "v", "has %ld heads, expected %ld (k's)", c.heads, b.heads);
-    check.that(c.rows == b.rows, "v", "has %ld keys, expected %ld (k's)", c.rows, b.rows);
-    check.that(b.heads > 0 ? a.heads % b.heads == 0 : a.heads == 0, "q",
-               "has %ld heads, expected a multiple of %ld (k's)", a.heads, b.heads);
-    for (const Tensor* t : {&q, &k, &v})
-      for (int i = 0; i < dims; i++)
-        check.that(t->shape[i] <= INT_MAX, "q, k or v", "has a dimension of %ld, expected at most %d", t->shape[i],
-                   INT_MAX);
-    head_dim(a.dim, "q");
-    head_dim(c.dim, "v");
-    if (!host_checks_indices(q.device) && c.dim != a.dim)
-      check.fail(ErrorKind::not_implemented, "v", "has head dim %ld, expected %ld (q's) on CUDA", c.dim, a.dim);
-  }
-
-  void head_dim(int64_t d, const char* name) const {
-    if (host_checks_indices(q.device)) {
-      if (d < 1 || d > kMaxHeadDim)
-        check.fail(ErrorKind::not_implemented, name, "has head dim %ld, expected 1 to %d", d, kMaxHeadDim);
-    } else if (d != 64 && d != 128) {
-      check.fail(ErrorKind::not_implemented, name, "has head dim %ld, expected 64 or 128 on CUDA", d);
-    }
-  }
-};
-
-Type type_of(DType t) {
-  return t == DType::f32 ? Type::f32 : t == DType::f16 ? Type::f16 : Type::bf16;
-}
+using attention::type_of;
+using attention::View;
+using attention::view_of;
 
 ForwardParams forward_params(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& lse,
                              const AttentionOptions& options) {
@@ -171,8 +77,39 @@ void pack(const Arguments& a, const PackedSequences& sequences, ForwardParams& p
   p.seq_k = pack_side(a, cu_k, "cu_seqlens_k", sequences.max_seqlen_k, "max_seqlen_k", p.total_k);
 }
 
+attention::Rules rules_of(const Arguments& a, const AttentionOptions& options, const ForwardParams& p,
+                          const PackedSequences* sequences) {
+  const auto longest = [&](std::optional<int64_t> PackedSequences::* given, int seq) {
+    return sequences && sequences->*given ? *(sequences->*given) : seq;
+  };
+  return attention::RuleArguments{a, options, p, longest(&PackedSequences::max_seqlen_q, p.seq_q),
+                                  longest(&PackedSequences::max_seqlen_k, p.seq_k)}
+      .rules();
+}
+
 bool nothing_to_do(const ForwardParams& p) {
   return p.batch == 0 || p.q_heads == 0 || p.seq_q == 0;
+}
+
+void option_gradients(const Arguments& a, const AttentionOptions& options, const AttentionOptionGradients& wanted,
+                      BackwardParams& p) {
+  if (wanted.bias) {
+    a.check.that(options.bias, "dbias", "is given, expected none without a bias");
+    a.check.dtype(*wanted.bias, "dbias", {options.bias->dtype});
+    a.same_shape(*wanted.bias, "dbias", *options.bias);
+    a.check.same_device(*wanted.bias, "dbias", a.q, "q");
+    a.check.contiguous(*wanted.bias, "dbias");
+    p.dbias = wanted.bias->data;
+    std::copy_n(wanted.bias->shape, 4, p.dbias_sizes);
+  }
+  if (wanted.sink_logits) {
+    a.check.that(options.sink_logits, "dsink_logits", "is given, expected none without sink_logits");
+    a.check.dtype(*wanted.sink_logits, "dsink_logits", {DType::f32});
+    a.check.shape(*wanted.sink_logits, "dsink_logits", {a.q.shape[1]});
+    a.check.same_device(*wanted.sink_logits, "dsink_logits", a.q, "q");
+    a.check.contiguous(*wanted.sink_logits, "dsink_logits");
+    p.dsink = wanted.sink_logits->ptr<float>();
+  }
 }
 
 void run_forward(const char* operation, const Tensor& q, const Tensor& k, const Tensor& v,
@@ -188,13 +125,15 @@ void run_forward(const char* operation, const Tensor& q, const Tensor& k, const 
   a.output(lse, "lse", {&q, &k, &v});
   ForwardParams p = forward_params(q, k, v, out, lse, options);
   if (sequences) pack(a, *sequences, p);
+  p.rules = rules_of(a, options, p, sequences);
+  a.served(p);
   if (!nothing_to_do(p)) run_kernel(operation, kKernels, q.device, &Kernels::forward, p, stream);
 }
 
 void run_backward(const char* operation, const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v,
                   const PackedSequences* sequences, const Tensor& out, const Tensor& lse, const Tensor& dq,
                   const Tensor& dk, const Tensor& dv, const Tensor& delta, const AttentionOptions& options,
-                  void* stream) {
+                  const AttentionOptionGradients& wanted, void* stream) {
   const Arguments a{Check(operation), q};
   a.inputs(k, v, sequences ? 3 : 4);
   const int64_t v_dim = v.shape[v.ndim - 1];
@@ -216,6 +155,9 @@ void run_backward(const char* operation, const Tensor& dout, const Tensor& q, co
   BackwardParams p = {};
   p.forward = forward_params(q, k, v, out, lse, options);
   if (sequences) pack(a, *sequences, p.forward);
+  p.forward.rules = rules_of(a, options, p.forward, sequences);
+  a.served(p.forward);
+  option_gradients(a, options, wanted, p);
   p.dout = dout.data, p.dq = dq.data, p.dk = dk.data, p.dv = dv.data;
   p.dout_strides = view_of(dout).strides, p.dq_strides = view_of(dq).strides;
   p.dk_strides = view_of(dk).strides, p.dv_strides = view_of(dv).strides;
@@ -227,6 +169,26 @@ void run_backward(const char* operation, const Tensor& dout, const Tensor& q, co
 
 }  // namespace
 
+void attention_pack_mask(const Tensor& mask, int64_t keys, const Tensor& words, void* stream) {
+  const Check check("attention_pack_mask");
+  check.dims(mask, "mask", 4);
+  check.dtype(mask, "mask", {DType::boolean});
+  check.that(keys >= 0 && (mask.shape[3] == keys || mask.shape[3] == 1), "mask", "has %ld keys, expected %ld or 1",
+             mask.shape[3], keys);
+  check.dtype(words, "words", {DType::i32});
+  check.shape(words, "words", {mask.shape[0], mask.shape[1], mask.shape[2], (keys + 31) / 32});
+  check.same_device(words, "words", mask, "mask");
+  check.contiguous(words, "words");
+  attention::PackMaskParams p = {};
+  p.mask = mask.ptr<uint8_t>();
+  p.words = words.ptr<uint32_t>();
+  std::copy_n(mask.shape, 3, p.sizes);
+  std::copy_n(mask.strides, 3, p.strides);
+  p.key_stride = mask.shape[3] == 1 ? 0 : mask.strides[3];
+  p.keys = keys;
+  if (words.numel() > 0) run_kernel("attention_pack_mask", kKernels, mask.device, &Kernels::pack_mask, p, stream);
+}
+
 void attention_forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& lse,
                        const AttentionOptions& options, void* stream) {
   run_forward("attention", q, k, v, nullptr, out, lse, options, stream);
@@ -234,8 +196,8 @@ void attention_forward(const Tensor& q, const Tensor& k, const Tensor& v, const 
 
 void attention_backward(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
                         const Tensor& lse, const Tensor& dq, const Tensor& dk, const Tensor& dv, const Tensor& delta,
-                        const AttentionOptions& options, void* stream) {
-  run_backward("attention_backward", dout, q, k, v, nullptr, out, lse, dq, dk, dv, delta, options, stream);
+                        const AttentionOptions& options, const AttentionOptionGradients& gradients, void* stream) {
+  run_backward("attention_backward", dout, q, k, v, nullptr, out, lse, dq, dk, dv, delta, options, gradients, stream);
 }
 
 void attention_varlen_forward(const Tensor& q, const Tensor& k, const Tensor& v, const PackedSequences& sequences,
@@ -246,8 +208,9 @@ void attention_varlen_forward(const Tensor& q, const Tensor& k, const Tensor& v,
 void attention_varlen_backward(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v,
                                const PackedSequences& sequences, const Tensor& out, const Tensor& lse, const Tensor& dq,
                                const Tensor& dk, const Tensor& dv, const Tensor& delta, const AttentionOptions& options,
-                               void* stream) {
-  run_backward("attention_varlen_backward", dout, q, k, v, &sequences, out, lse, dq, dk, dv, delta, options, stream);
+                               const AttentionOptionGradients& gradients, void* stream) {
+  run_backward("attention_varlen_backward", dout, q, k, v, &sequences, out, lse, dq, dk, dv, delta, options, gradients,
+               stream);
 }
 
 }  // namespace tilewise

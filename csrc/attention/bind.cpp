@@ -6,40 +6,93 @@
 namespace py = pybind11;
 
 namespace tilewise {
+namespace {
+
+// AttentionOptions as Python passes them: one tuple, in the order of the fields below.
+struct Options {
+  OptionalTensor bias, mask, blocks, sink_logits, alibi_slopes, dropout_seed;
+  AttentionOptions value;
+
+  explicit Options(const py::tuple& from) {
+    size_t i = 0;
+    const auto take = [&](auto& to) { to = from[i++].cast<std::decay_t<decltype(to)>>(); };
+    for (OptionalTensor* t : {&bias, &mask, &blocks, &sink_logits, &alibi_slopes, &dropout_seed}) take(*t);
+    take(value.causal);
+    take(value.scale);
+    take(value.window_left);
+    take(value.window_right);
+    take(value.global_tokens);
+    take(value.softcap);
+    take(value.dropout_p);
+    take(value.block_q);
+    take(value.block_k);
+    take(value.deterministic);
+    value.bias = pointer_to(bias);
+    value.mask = pointer_to(mask);
+    value.blocks = pointer_to(blocks);
+    value.sink_logits = pointer_to(sink_logits);
+    value.alibi_slopes = pointer_to(alibi_slopes);
+    value.dropout_seed = pointer_to(dropout_seed);
+  }
+  Options(const Options&) = delete;
+};
+
+}  // namespace
 
 void bind_attention(py::module_& m) {
   using Scale = std::optional<double>;
   using Length = std::optional<int64_t>;
   using T = const PyTensor&;
+  using OptionalT = const OptionalTensor&;
+  using Release = py::gil_scoped_release;
+  // Writes into given memory: what a call costs at least.
   m.def(
-      "attention_forward",
+      "attention_out",
       [](T q, T k, T v, T out, T lse, bool causal, Scale scale) {
         void* stream = q.stream();
-        const py::gil_scoped_release release;
-        attention_forward(q, k, v, out, lse, {causal, scale, false}, stream);
+        AttentionOptions options;
+        options.causal = causal;
+        options.scale = scale;
+        const Release release;
+        attention_forward(q, k, v, out, lse, options, stream);
       },
       py::arg(), py::arg(), py::arg(), py::arg(), py::arg(), py::arg("causal") = false, py::arg("scale") = py::none());
-  m.def("attention_backward", [](T dout, T q, T k, T v, T out, T lse, T dq, T dk, T dv, T delta, bool causal,
-                                 Scale scale, bool deterministic) {
+  m.def("attention_forward", [](T q, T k, T v, T out, T lse, const py::tuple& options) {
     void* stream = q.stream();
-    const py::gil_scoped_release release;
-    attention_backward(dout, q, k, v, out, lse, dq, dk, dv, delta, {causal, scale, deterministic}, stream);
+    const Options o(options);
+    const Release release;
+    attention_forward(q, k, v, out, lse, o.value, stream);
+  });
+  m.def("attention_backward", [](T dout, T q, T k, T v, T out, T lse, T dq, T dk, T dv, T delta, OptionalT dbias,
+                                 OptionalT dsink, const py::tuple& options) {
+    void* stream = q.stream();
+    const Options o(options);
+    const Release release;
+    attention_backward(dout, q, k, v, out, lse, dq, dk, dv, delta, o.value, {pointer_to(dbias), pointer_to(dsink)},
+                       stream);
   });
   m.def("attention_varlen_forward", [](T q, T k, T v, T cu_seqlens_q, T cu_seqlens_k, T out, T lse, Length max_seqlen_q,
-                                       Length max_seqlen_k, bool causal, Scale scale) {
+                                       Length max_seqlen_k, const py::tuple& options) {
     void* stream = q.stream();
-    const py::gil_scoped_release release;
-    attention_varlen_forward(q, k, v, {cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k}, out, lse,
-                             {causal, scale, false}, stream);
+    const Options o(options);
+    const Release release;
+    attention_varlen_forward(q, k, v, {cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k}, out, lse, o.value,
+                             stream);
   });
   m.def("attention_varlen_backward",
         [](T dout, T q, T k, T v, T cu_seqlens_q, T cu_seqlens_k, T out, T lse, T dq, T dk, T dv, T delta,
-           Length max_seqlen_q, Length max_seqlen_k, bool causal, Scale scale, bool deterministic) {
+           OptionalT dbias, OptionalT dsink, Length max_seqlen_q, Length max_seqlen_k, const py::tuple& options) {
           void* stream = q.stream();
-          const py::gil_scoped_release release;
+          const Options o(options);
+          const Release release;
           attention_varlen_backward(dout, q, k, v, {cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k}, out, lse,
-                                    dq, dk, dv, delta, {causal, scale, deterministic}, stream);
+                                    dq, dk, dv, delta, o.value, {pointer_to(dbias), pointer_to(dsink)}, stream);
         });
+  m.def("attention_pack_mask", [](T mask, int64_t keys, T words) {
+    void* stream = mask.stream();
+    const Release release;
+    attention_pack_mask(mask, keys, words, stream);
+  });
 }
 
 }  // namespace tilewise

@@ -12,6 +12,43 @@ struct Strides {
   int64_t batch, head, row;
 };
 
+// What a query sees beside causality, and what changes its scores and weights; zeros and null pointers: nothing. Query
+// i of a sequence stands at key i + (sk - s), its diagonal; distances are measured from there. With x = scale * q k^T:
+//
+//   score = softcap * tanh(x / softcap) + bias - slope * |distance|, -inf where hidden
+//   out   = sum_j keep_j * 65536 / (65536 - dropout_threshold) * exp(score_j - lse) v_j,  lse = log(exp(sink) + sum_j
+//   exp(score_j))
+//
+// Batch indices count sequences, rows and keys count within a sequence, for packed tensors too.
+struct Rules {
+  int window_left, window_right;  // keys from diagonal - left to diagonal + right are seen; kUnlimited
+  int global_tokens;              // the first keys of a sequence, whatever window_left says
+  float softcap;
+  const float* alibi_slopes;  // [b, hq]
+  int64_t alibi_batch;        // stride; 0: one row for all
+  const void* bias;           // [b, hq, s, sk], a stride of 0 where it has size 1
+  int64_t bias_batch, bias_head, bias_row, bias_key;
+  Type bias_type;
+  const uint32_t* mask;  // [b, hq, s, words]: bit j % 32 of word j / 32 lets the query see key j
+  int64_t mask_batch, mask_head, mask_row;
+  const uint8_t* blocks;  // [b, hq, ceil(s / block_q), ceil(sk / block_k)], 0 or 1; rows contiguous
+  int64_t blocks_batch, blocks_head, blocks_row;
+  int block_q, block_k;
+  const float* sink_logits;  // [hq]
+  // Dropout drops a weight iff its 16 random bits, as a number, are below this: 0 keeps all, 65536 none. They come from
+  // Philox4x32-10 (Salmon et al., 2011) with key *dropout_seed and counter (key / 8, query, sequence * hq + head, 0):
+  // bits [16 i, 16 i + 16) of the 128, from the lowest of the first word on, belong to key 8 n + i.
+  int dropout_threshold;
+  const int64_t* dropout_seed;  // [1]
+};
+constexpr int kUnlimited = -1;
+
+// Whether causality is the only rule.
+inline bool causal_or_dense(const Rules& r) {
+  return r.window_left == kUnlimited && r.window_right == kUnlimited && r.softcap == 0 && !r.alibi_slopes && !r.bias &&
+         !r.mask && !r.blocks && !r.sink_logits && r.dropout_threshold == 0;
+}
+
 struct ForwardParams {
   const void* q;  // [b, hq, s, d]  | packed [tq, hq, d]
   const void* k;  // [b, hkv, sk, d] | packed [tk, hkv, d]
@@ -28,6 +65,7 @@ struct ForwardParams {
   float scale;
   bool causal;  // bottom-right aligned: key j is seen by query i iff j <= i + (sk - s)
   Type type;
+  Rules rules;  // window_right is at most 0 if causal and some other rule holds
 };
 
 struct BackwardParams {
@@ -36,13 +74,23 @@ struct BackwardParams {
   void *dq, *dk, *dv;     // as q, k, v
   Strides dout_strides, dq_strides, dk_strides, dv_strides;
   float* delta;  // workspace, as lse: rowsum(dout * out)
+  void* dbias;   // of rules.bias's type, contiguous, with its sizes: [b|1, hq|1, s|1, sk|1]; null: not wanted
+  int64_t dbias_sizes[4];
+  float* dsink;  // [hq], or null
   bool deterministic;
+};
+
+struct PackMaskParams {
+  const uint8_t* mask;  // [sizes, keys], 0 or 1
+  uint32_t* words;      // [sizes, ceil(keys / 32)], contiguous
+  int64_t sizes[3], strides[3], key_stride, keys;
 };
 
 // The family's kernels on one machine; null = not available there.
 struct Kernels {
   KernelFn<ForwardParams> forward;
   KernelFn<BackwardParams> backward;
+  KernelFn<PackMaskParams> pack_mask;
 };
 
 }  // namespace tilewise::attention

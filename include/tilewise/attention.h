@@ -3,8 +3,9 @@
 //
 //   out = softmax(scale * q k^T) v      lse = log(sum(exp(scale * q k^T)))
 //
-// Causal attention is bottom-right aligned: query i sees keys up to i + Sk - S. A query that sees no key gets out 0 and
-// lse -inf. Elements are f32, f16 or bf16, arithmetic is in f32; any strides whose last dimension is contiguous.
+// Causal attention is bottom-right aligned: query i sees keys up to its diagonal, i + Sk - S. A query that sees no key
+// gets out 0 and lse -inf. Elements are f32, f16 or bf16, arithmetic is in f32; any strides whose last dimension is
+// contiguous.
 #pragma once
 #include <optional>
 
@@ -12,20 +13,46 @@
 
 namespace tilewise {
 
+// Everything composes with everything; a null pointer is the absence of a tensor. Tensors that have B, Hq, S or Sk in
+// their shape may have 1 there instead. For packed sequences B counts sequences, S and Sk are the longest lengths, and
+// rows and keys are counted from a sequence's first.
 struct AttentionOptions {
   bool causal = false;
   std::optional<double> scale;  // default: 1 / sqrt(D)
   bool deterministic = false;   // backward: the same bits in every run, also where atomics would be faster
+  // Keys from diagonal - left to diagonal + right are seen; left open: no limit.
+  std::optional<int64_t> window_left, window_right;
+  int64_t global_tokens = 0;             // the first keys, seen whatever window_left says
+  double softcap = 0;                    // softcap * tanh(score / softcap), before anything is added; 0: none
+  double dropout_p = 0;                  // in units of 1 / 65536
+  int64_t block_q = 0, block_k = 0;      // queries and keys of a block of `blocks`
+  const Tensor* bias = nullptr;          // f32 or as q, [B, Hq, S, Sk]: added to the scores
+  const Tensor* mask = nullptr;          // i32 [B, Hq, S, ceil(Sk / 32)]: see attention_pack_mask
+  const Tensor* blocks = nullptr;        // boolean [B, Hq, ceil(S / block_q), ceil(Sk / block_k)]: true = attend
+  const Tensor* sink_logits = nullptr;   // f32 [Hq]: a further score of every row, without a value
+  const Tensor* alibi_slopes = nullptr;  // f32 [B, Hq]: slope * |key - diagonal| is subtracted
+  const Tensor* dropout_seed = nullptr;  // i64 [1]: the same seed drops the same weights, on every device
 };
+
+// A boolean mask [B, Hq, S, Sk] (true = attend; any of the sizes may be 1) as bits: words [B, Hq, S, ceil(keys / 32)]
+// with bit j % 32 of word j / 32 for key j. Where the mask has 1 in place of Sk, it holds for all `keys`.
+void attention_pack_mask(const Tensor& mask, int64_t keys, const Tensor& words, void* stream = nullptr);
 
 // q [B, Hq, S, D], k [B, Hkv, Sk, D], v [B, Hkv, Sk, Dv] -> out [B, Hq, S, Dv], lse f32 [B, Hq, S] contiguous.
 void attention_forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& lse,
                        const AttentionOptions& options = {}, void* stream = nullptr);
 
+// Gradients of what the options added; null: not wanted.
+struct AttentionOptionGradients {
+  const Tensor* bias = nullptr;         // as the bias, contiguous
+  const Tensor* sink_logits = nullptr;  // f32 [Hq]
+};
+
 // Gradients of sum(out * dout): dq, dk, dv as q, k, v. `delta` is a workspace, f32 as lse.
 void attention_backward(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
                         const Tensor& lse, const Tensor& dq, const Tensor& dk, const Tensor& dv, const Tensor& delta,
-                        const AttentionOptions& options = {}, void* stream = nullptr);
+                        const AttentionOptions& options = {}, const AttentionOptionGradients& gradients = {},
+                        void* stream = nullptr);
 
 // Packed sequences: sequence b is rows cu_seqlens[b] to cu_seqlens[b + 1]. The longest lengths may be left open: then
 // they are read from cu_seqlens on CPU, and bounded by the number of tokens elsewhere.
@@ -44,6 +71,7 @@ void attention_varlen_forward(const Tensor& q, const Tensor& k, const Tensor& v,
 void attention_varlen_backward(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v,
                                const PackedSequences& sequences, const Tensor& out, const Tensor& lse, const Tensor& dq,
                                const Tensor& dk, const Tensor& dv, const Tensor& delta,
-                               const AttentionOptions& options = {}, void* stream = nullptr);
+                               const AttentionOptions& options = {}, const AttentionOptionGradients& gradients = {},
+                               void* stream = nullptr);
 
 }  // namespace tilewise

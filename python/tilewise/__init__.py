@@ -3,11 +3,12 @@
 import torch as _torch  # noqa: F401  (first: the core looks for torch's thread team when it is loaded)
 
 from tilewise import _C, optim, reference, speculative
-from tilewise.attention import attention, attention_varlen
+from tilewise.attention import BlockMask, attention, attention_varlen
 from tilewise.fft_conv import fft_conv
 from tilewise.sparse import CSR, CompressedWeight, NMSparse, linear, matmul
 
 __all__ = [
+    "BlockMask",
     "CSR",
     "CompressedWeight",
     "NMSparse",

@@ -4,24 +4,76 @@ import math
 
 import torch
 
+from tilewise.reference import philox
 
-def attention(q, k, v, *, causal=False, scale=None):
+
+def _distance(queries, keys, device):
+    """How far key j stands behind the diagonal of query i."""
+    return torch.arange(keys, device=device) - torch.arange(queries, device=device)[:, None] - (keys - queries)
+
+
+def visible(queries, keys, *, causal=False, window=None, global_tokens=0, device=None):
+    """bool (queries, keys): what causality and windows leave."""
+    distance = _distance(queries, keys, device)
+    left, right = window or (None, None)
+    right = 0 if causal else right
+    seen = torch.ones(queries, keys, dtype=torch.bool, device=device)
+    if left is not None:
+        seen &= (distance >= -left) | (torch.arange(keys, device=device) < global_tokens)
+    return seen if right is None else seen & (distance <= right)
+
+
+def attention(
+    q,
+    k,
+    v,
+    *,
+    causal=False,
+    scale=None,
+    window=None,
+    global_tokens=0,
+    softcap=0.0,
+    alibi_slopes=None,
+    bias=None,
+    mask=None,
+    block_mask=None,
+    sink_logits=None,
+    dropout_p=0.0,
+    dropout_seed=0,
+):
     """(out, lse); shapes as in :func:`tilewise.attention`."""
     group = q.shape[1] // k.shape[1] if k.shape[1] else 1
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    queries, keys = q.shape[2], k.shape[2]
     scores = q @ k.transpose(-1, -2) * scale
-    if causal:
-        queries, keys = scores.shape[-2:]
-        hidden = torch.ones(queries, keys, dtype=torch.bool, device=q.device).triu(keys - queries + 1)
-        scores = scores.masked_fill(hidden, -math.inf)
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    if bias is not None:
+        scores = scores + bias
+    if alibi_slopes is not None:
+        distance = _distance(queries, keys, q.device)
+        slopes = alibi_slopes.reshape(-1, q.shape[1], 1, 1).to(scores)
+        scores = scores - slopes * distance.abs().to(scores)
+    seen = visible(queries, keys, causal=causal, window=window, global_tokens=global_tokens, device=q.device)
+    if mask is not None:
+        seen = seen & mask
+    if block_mask is not None:
+        seen = seen & block_mask.dense(queries, keys)
+    scores = scores.masked_fill(~seen, -math.inf)
+    if sink_logits is not None:
+        sink = sink_logits[:, None, None].expand(*scores.shape[:-1], 1).to(scores)
+        scores = torch.cat([scores, sink], -1)
     lse = scores.logsumexp(-1)
     blind = lse == -math.inf  # rows with nothing to attend to: 0, not 0 / 0
-    weights = scores.masked_fill(blind[..., None], 0).softmax(-1).masked_fill(blind[..., None], 0)
+    weights = scores.masked_fill(blind[..., None], 0).softmax(-1).masked_fill(blind[..., None], 0)[..., :keys]
+    if dropout_p:
+        kept = philox.keep(dropout_seed, dropout_p, *weights.shape).to(weights)
+        weights = weights * kept / (1 - round(65536 * dropout_p) / 65536)
     return weights @ v, lse
 
 
-def attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, *, causal=False, scale=None):
+def attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, *, causal=False, scale=None, **options):
     """(out, lse); shapes as in :func:`tilewise.attention_varlen`."""
     out, lse = q.new_zeros(*q.shape[:2], v.shape[-1]), q.new_zeros(q.shape[1], q.shape[0])
     starts_q, starts_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
@@ -29,7 +81,7 @@ def attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, *, causal=False, scale
     for b in range(len(starts_q) - 1):
         rows_q, rows_k = slice(starts_q[b], starts_q[b + 1]), slice(starts_k[b], starts_k[b + 1])
         heads_first = (t.transpose(0, 1)[None] for t in (q[rows_q], k[rows_k], v[rows_k]))
-        o, l = attention(*heads_first, causal=causal, scale=scale)
+        o, l = attention(*heads_first, causal=causal, scale=scale, **options)
         outs.append(o[0].transpose(0, 1))
         lses.append(l[0])
     return torch.cat(outs), torch.cat(lses, 1)

@@ -1,0 +1,13 @@
+"""Scaled dot-product attention, dense and over packed sequences.
+
+    out = softmax(scale * q k^T) v          lse = log(sum(exp(scale * q k^T)))
+
+computed block by block with running softmax statistics, so that no S x Sk matrix is stored (Dao et al.,
+FlashAttention, arXiv:2205.14135; FlashAttention-2, arXiv:2307.08691). Gradients recompute the probabilities from lse.
+"""
+
+from tilewise.attention.dense import attention
+from tilewise.attention.masks import BlockMask
+from tilewise.attention.varlen import attention_varlen
+
+__all__ = ["BlockMask", "attention", "attention_varlen"]
