@@ -63,7 +63,7 @@ def inputs(shape, dtype, device, layout="bhsd"):
     )
 
 
-def with_gradients(run, tensors, dout, dtype):
+def with_gradients(run, tensors, dout, dlse, dtype):
     """(out, lse, dq, dk, dv, ...) of run(q, k, v, ...) -> (out, lse), all in ``dtype`` arithmetic.
 
     What stands behind v keeps the type it has, unless all is float64.
@@ -71,7 +71,7 @@ def with_gradients(run, tensors, dout, dtype):
     keep = lambda t, i: t if i > 2 and dtype != torch.float64 else t.to(dtype)  # noqa: E731
     leaves = [keep(t.detach(), i).clone().requires_grad_() for i, t in enumerate(tensors)]
     out, lse = run(*leaves)
-    return out.detach(), lse.detach(), *torch.autograd.grad(out, leaves, dout.to(dtype))
+    return out.detach(), lse.detach(), *torch.autograd.grad((out, lse), leaves, (dout.to(out), dlse.to(lse)))
 
 
 def flash(plain):
@@ -89,7 +89,7 @@ def flash(plain):
         mask = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries) if causal else None
         grouped = q.shape[1] != k.shape[1]
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=grouped)
-        return out, lse.detach()
+        return out, lse
 
     formula = reference.attention
 
@@ -108,20 +108,21 @@ def judge(kernel, plain, tensors, dout, dtype, gradients=GRADIENTS):
 
     torch's errors are those of its two ways, formula and fused operator.
     """
-    out, lse, *got = with_gradients(kernel, tensors, dout, dtype)
+    dlse = torch.randn(plain(*tensors)[1].shape).to(dout)
+    out, lse, *got = with_gradients(kernel, tensors, dout, dlse, dtype)
     exact_lse = plain(*doubled(tensors))[1]
     assert_lse_close(lse, exact_lse)
 
     def evaluated(run):
-        def evaluate(*tensors_and_dout):
-            *tensors, dout = tensors_and_dout
-            out, _, *gradients = with_gradients(run, tensors, dout, tensors[0].dtype)
+        def evaluate(*tensors_and_gradients):
+            *tensors, dout, dlse = tensors_and_gradients
+            out, _, *gradients = with_gradients(run, tensors, dout, dlse, tensors[0].dtype)
             return out, *gradients
 
         return evaluate
 
     ways = [evaluated(plain), evaluated(flash(plain))]
-    rulers = yardsticks(ways, [*tensors, dout], draws(8 * lse.numel()))
+    rulers = yardsticks(ways, [*tensors, dout, dlse], draws(8 * lse.numel()))
     for i, (name, result, ruler) in enumerate(zip(("out", *gradients), (out, *got), rulers, strict=True)):
         assert_accurate(name, result, ruler, 3 if i else 2)
 

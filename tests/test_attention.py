@@ -185,10 +185,15 @@ def test_finite_differences(device):
         assert abs(measured - (gradient * direction).sum()) < 1e-2 * gradient.norm() * direction.norm()
 
 
-def test_lse_carries_no_gradient(device):
-    q, k, v = (t.requires_grad_() for t in inputs(Shape(1, 1, 1, 3, 3, 64, 64), torch.float32, device))
-    out, lse = tw.attention(q, k, v, return_lse=True)
-    assert out.requires_grad and not lse.requires_grad
+def test_gradient_of_lse_alone(device):
+    """lse depends on q and k only: its gradient is the weighted mean of the other's rows."""
+    q, k, v = (t.requires_grad_() for t in inputs(Shape(1, 1, 1, 3, 5, 64, 64), torch.float32, device))
+    _, lse = tw.attention(q, k, v, return_lse=True)
+    dq, dk, dv = torch.autograd.grad(lse.sum(), (q, k, v))
+    weights = (q @ k.transpose(-1, -2) / 8).softmax(-1)
+    torch.testing.assert_close(dq, weights @ k / 8)
+    torch.testing.assert_close(dk, weights.transpose(-1, -2) @ q / 8)
+    assert (dv == 0).all()
 
 
 def test_out_variant(device):
@@ -209,7 +214,7 @@ def test_opcheck(v_dim):
     torch.library.opcheck(ops.attention.default, (q, k, v, *options(q, causal=True)))
     out, lse = (t.detach() for t in tw.attention(q, k, v, return_lse=True))
     q, k, v = (t.detach() for t in (q, k, v))
-    torch.library.opcheck(ops.attention_backward.default, (out, q, k, v, out, lse, False, *options(q, scale=0.5)))
+    torch.library.opcheck(ops.attention_backward.default, (out, lse, q, k, v, out, lse, False, *options(q, scale=0.5)))
     torch.library.opcheck(ops.attention_out.default, (q, k, v, out, lse, True, 0.5))
 
 

@@ -132,5 +132,5 @@ def test_opcheck():
     out, lse = (t.detach() for t in ops.attention_varlen(*leaves, *cu, None, None, *options))
     leaves = [t.detach() for t in leaves]
     torch.library.opcheck(
-        ops.attention_varlen_backward.default, (out, *leaves, *cu, out, lse, None, None, False, *options)
+        ops.attention_varlen_backward.default, (out, None, *leaves, *cu, out, lse, None, None, False, *options)
     )

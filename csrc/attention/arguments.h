@@ -34,9 +34,9 @@ struct Arguments {
   Check check;
   const Tensor& q;
 
-  void like_q(const Tensor& t, const char* name) const {
-    check.same_dtype(t, name, q, "q");
-    check.same_device(t, name, q, "q");
+  void like_q(const Tensor& t, const char* name, const char* q_name = "q") const {
+    check.same_dtype(t, name, q, q_name);
+    check.same_device(t, name, q, q_name);
     check.last_dim_contiguous(t, name);
   }
 

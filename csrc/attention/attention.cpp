@@ -130,10 +130,10 @@ void run_forward(const char* operation, const Tensor& q, const Tensor& k, const 
   if (!nothing_to_do(p)) run_kernel(operation, kKernels, q.device, &Kernels::forward, p, stream);
 }
 
-void run_backward(const char* operation, const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v,
-                  const PackedSequences* sequences, const Tensor& out, const Tensor& lse, const Tensor& dq,
-                  const Tensor& dk, const Tensor& dv, const Tensor& delta, const AttentionOptions& options,
-                  const AttentionOptionGradients& wanted, void* stream) {
+void run_backward(const char* operation, const Tensor& dout, const Tensor* dlse, const Tensor& q, const Tensor& k,
+                  const Tensor& v, const PackedSequences* sequences, const Tensor& out, const Tensor& lse,
+                  const Tensor& dq, const Tensor& dk, const Tensor& dv, const Tensor& delta,
+                  const AttentionOptions& options, const AttentionOptionGradients& wanted, void* stream) {
   const Arguments a{Check(operation), q};
   a.inputs(k, v, sequences ? 3 : 4);
   const int64_t v_dim = v.shape[v.ndim - 1];
@@ -143,15 +143,17 @@ void run_backward(const char* operation, const Tensor& dout, const Tensor& q, co
   a.like_q(dout, "dout");
   a.statistic(lse, "lse");
   a.statistic(delta, "delta");
+  if (dlse) a.statistic(*dlse, "dlse");
   const std::pair<const Tensor*, const Tensor*> gradients[] = {{&dq, &q}, {&dk, &k}, {&dv, &v}};
   const char* names[] = {"dq", "dk", "dv"};
   for (int i = 0; i < 3; i++) {
     const Tensor& gradient = *gradients[i].first;
     a.same_shape(gradient, names[i], *gradients[i].second);
     a.like_q(gradient, names[i]);
-    a.output(gradient, names[i], {&q, &k, &v, &out, &dout, &lse, &delta, i > 0 ? &dq : nullptr, i > 1 ? &dk : nullptr});
+    a.output(gradient, names[i],
+             {&q, &k, &v, &out, &dout, &lse, dlse, &delta, i > 0 ? &dq : nullptr, i > 1 ? &dk : nullptr});
   }
-  a.output(delta, "delta", {&q, &k, &v, &out, &dout, &lse});
+  a.output(delta, "delta", {&q, &k, &v, &out, &dout, &lse, dlse});
   BackwardParams p = {};
   p.forward = forward_params(q, k, v, out, lse, options);
   if (sequences) pack(a, *sequences, p.forward);
@@ -162,6 +164,7 @@ void run_backward(const char* operation, const Tensor& dout, const Tensor& q, co
   p.dout_strides = view_of(dout).strides, p.dq_strides = view_of(dq).strides;
   p.dk_strides = view_of(dk).strides, p.dv_strides = view_of(dv).strides;
   p.delta = delta.ptr<float>();
+  p.dlse = dlse ? dlse->ptr<float>() : nullptr;
   p.deterministic = options.deterministic;
   if (p.forward.batch > 0 && p.forward.q_heads > 0)
     run_kernel(operation, kKernels, q.device, &Kernels::backward, p, stream);
@@ -194,10 +197,12 @@ void attention_forward(const Tensor& q, const Tensor& k, const Tensor& v, const 
   run_forward("attention", q, k, v, nullptr, out, lse, options, stream);
 }
 
-void attention_backward(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
-                        const Tensor& lse, const Tensor& dq, const Tensor& dk, const Tensor& dv, const Tensor& delta,
-                        const AttentionOptions& options, const AttentionOptionGradients& gradients, void* stream) {
-  run_backward("attention_backward", dout, q, k, v, nullptr, out, lse, dq, dk, dv, delta, options, gradients, stream);
+void attention_backward(const Tensor& dout, const Tensor* dlse, const Tensor& q, const Tensor& k, const Tensor& v,
+                        const Tensor& out, const Tensor& lse, const Tensor& dq, const Tensor& dk, const Tensor& dv,
+                        const Tensor& delta, const AttentionOptions& options, const AttentionOptionGradients& gradients,
+                        void* stream) {
+  run_backward("attention_backward", dout, dlse, q, k, v, nullptr, out, lse, dq, dk, dv, delta, options, gradients,
+               stream);
 }
 
 void attention_varlen_forward(const Tensor& q, const Tensor& k, const Tensor& v, const PackedSequences& sequences,
@@ -205,12 +210,13 @@ void attention_varlen_forward(const Tensor& q, const Tensor& k, const Tensor& v,
   run_forward("attention_varlen", q, k, v, &sequences, out, lse, options, stream);
 }
 
-void attention_varlen_backward(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v,
-                               const PackedSequences& sequences, const Tensor& out, const Tensor& lse, const Tensor& dq,
-                               const Tensor& dk, const Tensor& dv, const Tensor& delta, const AttentionOptions& options,
-                               const AttentionOptionGradients& gradients, void* stream) {
-  run_backward("attention_varlen_backward", dout, q, k, v, &sequences, out, lse, dq, dk, dv, delta, options, gradients,
-               stream);
+void attention_varlen_backward(const Tensor& dout, const Tensor* dlse, const Tensor& q, const Tensor& k,
+                               const Tensor& v, const PackedSequences& sequences, const Tensor& out, const Tensor& lse,
+                               const Tensor& dq, const Tensor& dk, const Tensor& dv, const Tensor& delta,
+                               const AttentionOptions& options, const AttentionOptionGradients& gradients,
+                               void* stream) {
+  run_backward("attention_varlen_backward", dout, dlse, q, k, v, &sequences, out, lse, dq, dk, dv, delta, options,
+               gradients, stream);
 }
 
 }  // namespace tilewise

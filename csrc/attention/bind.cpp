@@ -63,13 +63,13 @@ void bind_attention(py::module_& m) {
     const Release release;
     attention_forward(q, k, v, out, lse, o.value, stream);
   });
-  m.def("attention_backward", [](T dout, T q, T k, T v, T out, T lse, T dq, T dk, T dv, T delta, OptionalT dbias,
-                                 OptionalT dsink, const py::tuple& options) {
+  m.def("attention_backward", [](T dout, OptionalT dlse, T q, T k, T v, T out, T lse, T dq, T dk, T dv, T delta,
+                                 OptionalT dbias, OptionalT dsink, const py::tuple& options) {
     void* stream = q.stream();
     const Options o(options);
     const Release release;
-    attention_backward(dout, q, k, v, out, lse, dq, dk, dv, delta, o.value, {pointer_to(dbias), pointer_to(dsink)},
-                       stream);
+    attention_backward(dout, pointer_to(dlse), q, k, v, out, lse, dq, dk, dv, delta, o.value,
+                       {pointer_to(dbias), pointer_to(dsink)}, stream);
   });
   m.def("attention_varlen_forward", [](T q, T k, T v, T cu_seqlens_q, T cu_seqlens_k, T out, T lse, Length max_seqlen_q,
                                        Length max_seqlen_k, const py::tuple& options) {
@@ -79,15 +79,34 @@ void bind_attention(py::module_& m) {
     attention_varlen_forward(q, k, v, {cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k}, out, lse, o.value,
                              stream);
   });
-  m.def("attention_varlen_backward",
-        [](T dout, T q, T k, T v, T cu_seqlens_q, T cu_seqlens_k, T out, T lse, T dq, T dk, T dv, T delta,
-           OptionalT dbias, OptionalT dsink, Length max_seqlen_q, Length max_seqlen_k, const py::tuple& options) {
-          void* stream = q.stream();
-          const Options o(options);
-          const Release release;
-          attention_varlen_backward(dout, q, k, v, {cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k}, out, lse,
-                                    dq, dk, dv, delta, o.value, {pointer_to(dbias), pointer_to(dsink)}, stream);
-        });
+  m.def("attention_varlen_backward", [](T dout, OptionalT dlse, T q, T k, T v, T cu_seqlens_q, T cu_seqlens_k, T out,
+                                        T lse, T dq, T dk, T dv, T delta, OptionalT dbias, OptionalT dsink,
+                                        Length max_seqlen_q, Length max_seqlen_k, const py::tuple& options) {
+    void* stream = q.stream();
+    const Options o(options);
+    const Release release;
+    attention_varlen_backward(dout, pointer_to(dlse), q, k, v, {cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k},
+                              out, lse, dq, dk, dv, delta, o.value, {pointer_to(dbias), pointer_to(dsink)}, stream);
+  });
+  m.def("merge_attention", [](const Tensors& outs, const Tensors& lses, T out, T lse) {
+    void* stream = out.stream();
+    const auto o = pointers_to(outs), l = pointers_to(lses);
+    const Release release;
+    merge_attention(o.data(), l.data(), static_cast<int>(o.size()), out, lse, stream);
+  });
+  m.def("merge_attention_backward", [](T dout, T dlse, const Tensors& outs, const Tensors& lses, T out, T lse,
+                                       const Tensors& douts, const Tensors& dlses) {
+    void* stream = out.stream();
+    const auto o = pointers_to(outs), l = pointers_to(lses), d = pointers_to(douts), e = pointers_to(dlses);
+    const Release release;
+    merge_attention_backward(dout, dlse, o.data(), l.data(), static_cast<int>(o.size()), out, lse, d.data(), e.data(),
+                             stream);
+  });
+  m.def("rope_apply", [](T x, T cos, T sin, T out, bool interleaved, bool inverse) {
+    void* stream = x.stream();
+    const Release release;
+    rope_apply(x, cos, sin, out, interleaved, inverse, stream);
+  });
   m.def("attention_pack_mask", [](T mask, int64_t keys, T words) {
     void* stream = mask.stream();
     const Release release;

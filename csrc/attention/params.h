@@ -73,8 +73,9 @@ struct BackwardParams {
   const void* dout;       // as out
   void *dq, *dk, *dv;     // as q, k, v
   Strides dout_strides, dq_strides, dk_strides, dv_strides;
-  float* delta;  // workspace, as lse: rowsum(dout * out)
-  void* dbias;   // of rules.bias's type, contiguous, with its sizes: [b|1, hq|1, s|1, sk|1]; null: not wanted
+  const float* dlse;  // as lse, or null: zeros
+  float* delta;       // workspace, as lse: rowsum(dout * out) - dlse
+  void* dbias;        // of rules.bias's type, contiguous, with its sizes: [b|1, hq|1, s|1, sk|1]; null: not wanted
   int64_t dbias_sizes[4];
   float* dsink;  // [hq], or null
   bool deterministic;
@@ -86,11 +87,50 @@ struct PackMaskParams {
   int64_t sizes[3], strides[3], key_stride, keys;
 };
 
+// Partial results over disjoint sets of keys, joined. Rows count through (b, h, s) in that order; lse and its like are
+// contiguous.
+constexpr int kMaxParts = 16;
+struct MergeParams {
+  const void* outs[kMaxParts];  // [b, h, s, dv] each
+  Strides outs_strides[kMaxParts];
+  const float* lses[kMaxParts];  // [b, h, s] each
+  void* out;                     // [b, h, s, dv]
+  Strides out_strides;
+  float* lse;  // [b, h, s]
+  int parts, batch, heads, rows, dim;
+  Type type;
+};
+struct MergeBackwardParams {
+  MergeParams forward;
+  const void* dout;  // [b, h, s, dv]
+  Strides dout_strides;
+  const float* dlse;       // [b, h, s]
+  void* douts[kMaxParts];  // [b, h, s, dv] each
+  Strides douts_strides[kMaxParts];
+  float* dlses[kMaxParts];  // [b, h, s] each
+};
+
+// Rotary position embedding: pairs (x0, x1) of the first 2 * pairs channels become (x0 cos - x1 sin, x1 cos + x0 sin).
+struct RopeParams {
+  const void* x;  // [b, h, s, d]
+  void* out;      // [b, h, s, d]; may be x itself
+  Strides x_strides, out_strides;
+  const float *cos, *sin;          // [b, s, pairs], rows contiguous
+  int64_t table_batch, table_row;  // strides
+  int batch, heads, rows, dim, pairs;
+  bool interleaved;  // a pair is channels 2 i and 2 i + 1, else i and i + pairs
+  bool inverse;      // turns back: sin is negated
+  Type type;
+};
+
 // The family's kernels on one machine; null = not available there.
 struct Kernels {
   KernelFn<ForwardParams> forward;
   KernelFn<BackwardParams> backward;
   KernelFn<PackMaskParams> pack_mask;
+  KernelFn<MergeParams> merge;
+  KernelFn<MergeBackwardParams> merge_backward;
+  KernelFn<RopeParams> rope;
 };
 
 }  // namespace tilewise::attention

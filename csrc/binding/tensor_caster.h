@@ -5,6 +5,7 @@
 #include <pybind11/stl.h>
 
 #include <optional>
+#include <vector>
 
 #include "binding/dlpack_abi.h"
 #include "common/dispatch.h"
@@ -30,6 +31,14 @@ bool load_tensor(PyObject* object, PyTensor& out);
 using OptionalTensor = std::optional<PyTensor>;
 inline const Tensor* pointer_to(const OptionalTensor& t) {
   return t ? &*t : nullptr;
+}
+
+// Lists of tensors.
+using Tensors = std::vector<PyTensor>;
+inline std::vector<const Tensor*> pointers_to(const Tensors& list) {
+  std::vector<const Tensor*> out;
+  for (const PyTensor& t : list) out.push_back(&t);
+  return out;
 }
 
 }  // namespace tilewise

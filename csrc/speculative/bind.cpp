@@ -9,13 +9,6 @@ namespace tilewise {
 namespace {
 
 using Release = py::gil_scoped_release;
-using Tensors = std::vector<PyTensor>;
-
-std::vector<const Tensor*> pointers_to(const Tensors& list) {
-  std::vector<const Tensor*> out;
-  for (const PyTensor& t : list) out.push_back(&t);
-  return out;
-}
 
 }  // namespace
 

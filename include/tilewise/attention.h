@@ -48,11 +48,12 @@ struct AttentionOptionGradients {
   const Tensor* sink_logits = nullptr;  // f32 [Hq]
 };
 
-// Gradients of sum(out * dout): dq, dk, dv as q, k, v. `delta` is a workspace, f32 as lse.
-void attention_backward(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
-                        const Tensor& lse, const Tensor& dq, const Tensor& dk, const Tensor& dv, const Tensor& delta,
-                        const AttentionOptions& options = {}, const AttentionOptionGradients& gradients = {},
-                        void* stream = nullptr);
+// Gradients of sum(out * dout) + sum(lse * dlse): dq, dk, dv as q, k, v. dlse is as lse, or null: zeros. `delta` is a
+// workspace, f32 as lse.
+void attention_backward(const Tensor& dout, const Tensor* dlse, const Tensor& q, const Tensor& k, const Tensor& v,
+                        const Tensor& out, const Tensor& lse, const Tensor& dq, const Tensor& dk, const Tensor& dv,
+                        const Tensor& delta, const AttentionOptions& options = {},
+                        const AttentionOptionGradients& gradients = {}, void* stream = nullptr);
 
 // Packed sequences: sequence b is rows cu_seqlens[b] to cu_seqlens[b + 1]. The longest lengths may be left open: then
 // they are read from cu_seqlens on CPU, and bounded by the number of tokens elsewhere.
@@ -68,10 +69,30 @@ void attention_varlen_forward(const Tensor& q, const Tensor& k, const Tensor& v,
                               void* stream = nullptr);
 
 // As attention_backward.
-void attention_varlen_backward(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v,
-                               const PackedSequences& sequences, const Tensor& out, const Tensor& lse, const Tensor& dq,
-                               const Tensor& dk, const Tensor& dv, const Tensor& delta,
+void attention_varlen_backward(const Tensor& dout, const Tensor* dlse, const Tensor& q, const Tensor& k,
+                               const Tensor& v, const PackedSequences& sequences, const Tensor& out, const Tensor& lse,
+                               const Tensor& dq, const Tensor& dk, const Tensor& dv, const Tensor& delta,
                                const AttentionOptions& options = {}, const AttentionOptionGradients& gradients = {},
                                void* stream = nullptr);
+
+// Partial results over disjoint sets of keys, joined as if one call had seen all of them:
+//
+//   lse = log(sum_i exp(lses[i]))      out = sum_i exp(lses[i] - lse) outs[i]
+//
+// outs [B, H, S, Dv] with lses f32 [B, H, S], or packed [T, H, Dv] with [H, T]; 1 to 16 of each. lses and lse are
+// contiguous.
+void merge_attention(const Tensor* const* outs, const Tensor* const* lses, int parts, const Tensor& out,
+                     const Tensor& lse, void* stream = nullptr);
+
+// Gradients of sum(out * dout) + sum(lse * dlse): douts and dlses as outs and lses.
+void merge_attention_backward(const Tensor& dout, const Tensor& dlse, const Tensor* const* outs,
+                              const Tensor* const* lses, int parts, const Tensor& out, const Tensor& lse,
+                              const Tensor* const* douts, const Tensor* const* dlses, void* stream = nullptr);
+
+// Rotary position embedding (Su et al., arXiv:2104.09864): in each row of x [B, H, S, D] the pairs (x0, x1) of the
+// first 2 P channels turn to (x0 cos - x1 sin, x1 cos + x0 sin), the others are copied. cos and sin are f32 [B or 1, S,
+// P]. A pair is channels (i, i + P), or (2 i, 2 i + 1) if `interleaved`; `inverse` turns the other way. `out` may be x.
+void rope_apply(const Tensor& x, const Tensor& cos, const Tensor& sin, const Tensor& out, bool interleaved = false,
+                bool inverse = false, void* stream = nullptr);
 
 }  // namespace tilewise

@@ -2,8 +2,8 @@
 
 import torch as _torch  # noqa: F401  (first: the core looks for torch's thread team when it is loaded)
 
-from tilewise import _C, optim, reference, speculative
-from tilewise.attention import BlockMask, attention, attention_varlen
+from tilewise import _C, optim, reference, rope, speculative
+from tilewise.attention import BlockMask, attention, attention_varlen, merge_attention, shared_prefix_attention
 from tilewise.fft_conv import fft_conv
 from tilewise.sparse import CSR, CompressedWeight, NMSparse, linear, matmul
 
@@ -18,8 +18,11 @@ __all__ = [
     "info",
     "linear",
     "matmul",
+    "merge_attention",
     "optim",
     "reference",
+    "rope",
+    "shared_prefix_attention",
     "speculative",
 ]
 

@@ -1,8 +1,13 @@
 // CPU kernels of the family, compiled once per instruction set (rules: common/isa.h).
 #include "attention/cpu/backward.h"
 #include "attention/cpu/forward.h"
+#include "attention/cpu/merge.h"
 
 extern "C" const tilewise::attention::Kernels TILEWISE_ISA_TABLE(attention) = {
     &tilewise::forward,
     &tilewise::backward,
+    nullptr,  // pack_mask
+    &tilewise::merge,
+    &tilewise::merge_backward,
+    &tilewise::rope,
 };

@@ -38,12 +38,13 @@ struct KeyRun {
   }
 };
 
-// delta[row] = sum of dout * out
+// delta[row] = sum of dout * out, less the gradient of lse
 template <class T>
 void write_delta(const BackwardParams& b, int64_t batch, int64_t head) {
   const ForwardParams& p = b.forward;
   const Sequence seq = sequence_of(p, batch);
   float* delta = row_of<float>(b.delta, statistics_strides(p), seq.batch, head, seq.q_row);
+  const float* dlse = b.dlse ? row_of<const float>(b.dlse, statistics_strides(p), seq.batch, head, seq.q_row) : nullptr;
   const T* out = row_of<const T>(p.out, p.out_strides, seq.batch, head, seq.q_row);
   const T* dout = row_of<const T>(b.dout, b.dout_strides, seq.batch, head, seq.q_row);
   for (int i = 0; i < seq.queries; i++) {
@@ -51,7 +52,7 @@ void write_delta(const BackwardParams& b, int64_t batch, int64_t head) {
     int d = 0;
     for (; d + W <= p.v_dim; d += W) sum += load(out + d) * load(dout + d);
     if (d < p.v_dim) sum += load(out + d, p.v_dim - d) * load(dout + d, p.v_dim - d);
-    delta[i] = reduce_add(sum);
+    delta[i] = reduce_add(sum) - (dlse ? dlse[i] : 0);
     out += p.out_strides.row;
     dout += b.dout_strides.row;
   }

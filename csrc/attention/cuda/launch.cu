@@ -60,4 +60,8 @@ bool rows_aligned(const BackwardParams& b) {
 extern "C" __attribute__((visibility("default"))) const tilewise::attention::Kernels tilewise_attention_cuda = {
     &tilewise::attention::forward,
     &tilewise::attention::backward,
+    nullptr,  // pack_mask
+    &tilewise::attention::merge,
+    &tilewise::attention::merge_backward,
+    &tilewise::attention::rope,
 };

@@ -12,6 +12,10 @@ const char* backward_tensor_cores(const BackwardParams&, const Runtime&);
 const char* forward_any(const ForwardParams&, const Runtime&);
 const char* backward_any(const BackwardParams&, const Runtime&);
 
+const char* merge(const MergeParams&, const Runtime&);
+const char* merge_backward(const MergeBackwardParams&, const Runtime&);
+const char* rope(const RopeParams&, const Runtime&);
+
 // Whether every row of every tensor starts on 16 bytes.
 bool rows_aligned(const ForwardParams&);
 bool rows_aligned(const BackwardParams&);

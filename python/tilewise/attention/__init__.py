@@ -8,6 +8,7 @@ FlashAttention, arXiv:2205.14135; FlashAttention-2, arXiv:2307.08691). Gradients
 
 from tilewise.attention.dense import attention
 from tilewise.attention.masks import BlockMask
+from tilewise.attention.merge import merge_attention, shared_prefix_attention
 from tilewise.attention.varlen import attention_varlen
 
-__all__ = ["BlockMask", "attention", "attention_varlen"]
+__all__ = ["BlockMask", "attention", "attention_varlen", "merge_attention", "shared_prefix_attention"]

@@ -14,11 +14,12 @@ def _forward(q, k, v, *options):
     return out, lse
 
 
-def _backward(dout, q, k, v, out, lse, bias_gradient, *options):
+def _backward(dout, dlse, q, k, v, out, lse, bias_gradient, *options):
     grads = empty_gradients(q, k, v, options, bias_gradient)
     dout, delta = rows_contiguous(dout), torch.empty_like(lse)
+    dlse = None if dlse is None else dlse.contiguous()
     _C.attention_backward(
-        dout, q, k, v, out, lse, *grads[:3], delta, *of_options(grads, options, bias_gradient), options
+        dout, dlse, q, k, v, out, lse, *grads[:3], delta, *of_options(grads, options, bias_gradient), options
     )
     return grads
 
@@ -29,10 +30,12 @@ _attention_op = register(
     fake=lambda q, k, v, *_: empty_outputs(q, v),
 )
 _attention_backward_op = register(
-    "attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+    "attention_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
     f"bool bias_gradient, {SCHEMA}) -> Tensor[]",
     _backward,
-    fake=lambda dout, q, k, v, out, lse, bias_gradient, *options: empty_gradients(q, k, v, options, bias_gradient),
+    fake=lambda dout, dlse, q, k, v, out, lse, bias_gradient, *options: empty_gradients(
+        q, k, v, options, bias_gradient
+    ),
 )
 # Writes into given memory and allocates nothing. The kernel is the binding's own function.
 _attention_out_op = register(
@@ -92,7 +95,7 @@ def attention(
         sink_logits: (Hq,), a learnable score without a value that takes part in the softmax. Gets a gradient.
         dropout_p: in [0, 1), in steps of 1 / 65536.
         generator: of the dropout's random numbers; the gradient drops what the output dropped.
-        return_lse: also return lse (B, Hq, S), float32, natural logarithm; it carries no gradient.
+        return_lse: also return lse (B, Hq, S), float32, natural logarithm; differentiable.
         deterministic: the same gradient bits in every run. All kernels are so today; on CPU for any number of threads.
 
     Returns:

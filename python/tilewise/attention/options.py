@@ -108,15 +108,16 @@ def differentiation(backward_op, tensors):
         ctx.save_for_backward(*inputs[:tensors], *option_tensors, *output)
         ctx.numbers = inputs[tensors:-OPTIONS]
         ctx.option_numbers = inputs[-OPTIONS:][len(OPTION_TENSORS) :]
-        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
 
-    def backward(ctx, dout, _):
+    def backward(ctx, dout, dlse):
         saved = ctx.saved_tensors
         inputs, option_tensors, outputs = saved[:tensors], saved[tensors:-2], saved[-2:]
         options = (*option_tensors, *ctx.option_numbers)
+        dout = torch.zeros_like(outputs[0]) if dout is None else dout
         at = tensors + len(ctx.numbers)
         bias_gradient = bool(ctx.needs_input_grad[at + BIAS])
-        grads = backward_op(dout, *inputs, *outputs, *ctx.numbers, bias_gradient, *options)
+        grads = backward_op(dout, dlse, *inputs, *outputs, *ctx.numbers, bias_gradient, *options)
         options_grads = [None] * OPTIONS
         options_grads[BIAS], options_grads[SINK] = of_options(grads, options, bias_gradient)
         return (*grads[:3], *[None] * (at - 3), *options_grads)

@@ -21,14 +21,17 @@ def _forward(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *o
     return out, lse
 
 
-def _backward(dout, q, k, v, cu_seqlens_q, cu_seqlens_k, out, lse, max_seqlen_q, max_seqlen_k, bias_gradient, *options):
+def _backward(
+    dout, dlse, q, k, v, cu_seqlens_q, cu_seqlens_k, out, lse, max_seqlen_q, max_seqlen_k, bias_gradient, *options
+):
     grads = empty_gradients(q, k, v, options, bias_gradient)
     for gradient in grads[:3]:
         gradient.zero_()
     dout, delta = rows_contiguous(dout), torch.empty_like(lse)
+    dlse = None if dlse is None else dlse.contiguous()
     extra, lengths = of_options(grads, options, bias_gradient), (max_seqlen_q, max_seqlen_k)
     _C.attention_varlen_backward(
-        dout, q, k, v, cu_seqlens_q, cu_seqlens_k, out, lse, *grads[:3], delta, *extra, *lengths, options
+        dout, dlse, q, k, v, cu_seqlens_q, cu_seqlens_k, out, lse, *grads[:3], delta, *extra, *lengths, options
     )
     return grads
 
@@ -42,10 +45,10 @@ _varlen_op = register(
     fake=lambda q, k, v, *_: empty_outputs(q, v),
 )
 _varlen_backward_op = register(
-    f"attention_varlen_backward(Tensor dout, Tensor q, Tensor k, Tensor v, {_SEQUENCES}, Tensor out, Tensor lse, "
-    f"{_LENGTHS}, bool bias_gradient, {SCHEMA}) -> Tensor[]",
+    f"attention_varlen_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, {_SEQUENCES}, "
+    f"Tensor out, Tensor lse, {_LENGTHS}, bool bias_gradient, {SCHEMA}) -> Tensor[]",
     _backward,
-    fake=lambda dout, q, k, v, cu_q, cu_k, out, lse, max_q, max_k, bias_gradient, *options: empty_gradients(
+    fake=lambda dout, dlse, q, k, v, cu_q, cu_k, out, lse, max_q, max_k, bias_gradient, *options: empty_gradients(
         q, k, v, options, bias_gradient
     ),
 )
@@ -85,7 +88,7 @@ def attention_varlen(
         cu_seqlens_q, cu_seqlens_k: int32 (B + 1,), from 0, not decreasing.
         max_seqlen_q, max_seqlen_k: the longest lengths, or a bound on them. Left out, they are read from cu_seqlens on
             CPU; on CUDA, where reading would wait for the device, the number of tokens bounds them.
-        return_lse: also return lse (Hq, Tq), float32.
+        return_lse: also return lse (Hq, Tq), float32; differentiable.
         causal, scale, window, ...: as in :func:`attention`; queries and keys count within their sequence. A bias, mask
             or block mask has shape (B, Hq, max_seqlen_q, max_seqlen_k), for which both lengths must be given.
 

@@ -64,9 +64,10 @@ def attention(
     if sink_logits is not None:
         sink = sink_logits[:, None, None].expand(*scores.shape[:-1], 1).to(scores)
         scores = torch.cat([scores, sink], -1)
-    lse = scores.logsumexp(-1)
-    blind = lse == -math.inf  # rows with nothing to attend to: 0, not 0 / 0
-    weights = scores.masked_fill(blind[..., None], 0).softmax(-1).masked_fill(blind[..., None], 0)[..., :keys]
+    blind = (scores == -math.inf).all(-1)  # rows with nothing to attend to: 0, not 0 / 0
+    scores = scores.masked_fill(blind[..., None], 0)
+    lse = scores.logsumexp(-1).masked_fill(blind, -math.inf) if scores.shape[-1] else scores.sum(-1) - math.inf
+    weights = scores.softmax(-1).masked_fill(blind[..., None], 0)[..., :keys]
     if dropout_p:
         kept = philox.keep(dropout_seed, dropout_p, *weights.shape).to(weights)
         weights = weights * kept / (1 - round(65536 * dropout_p) / 65536)
