@@ -68,6 +68,14 @@ struct Arguments {
       if (other) check.no_overlap(t, name, *other, "another argument");
   }
 
+  // Queries a and keys b of one call.
+  void heads_of(const View& a, const View& b) const {
+    check.that(b.batch == a.batch, "k", "has batch %ld, expected %ld (q's)", b.batch, a.batch);
+    check.that(b.dim == a.dim, "k", "has head dim %ld, expected %ld (q's)", b.dim, a.dim);
+    check.that(b.heads > 0 ? a.heads % b.heads == 0 : a.heads == 0, "q",
+               "has %ld heads, expected a multiple of %ld (k's)", a.heads, b.heads);
+  }
+
   // q, k and v of one call, packed (3 dimensions) or not (4).
   void inputs(const Tensor& k, const Tensor& v, int dims) const {
     check.dims(q, "q", dims);
@@ -76,13 +84,10 @@ struct Arguments {
     check.dtype(q, "q", {DType::f32, DType::f16, DType::bf16});
     for (const auto& [tensor, name] : {std::pair{&q, "q"}, {&k, "k"}, {&v, "v"}}) like_q(*tensor, name);
     const View a = view_of(q), b = view_of(k), c = view_of(v);
-    check.that(b.batch == a.batch, "k", "has batch %ld, expected %ld (q's)", b.batch, a.batch);
-    check.that(b.dim == a.dim, "k", "has head dim %ld, expected %ld (q's)", b.dim, a.dim);
+    heads_of(a, b);
     check.that(c.batch == a.batch, "v", "has batch %ld, expected %ld (q's)", c.batch, a.batch);
     check.that(c.heads == b.heads, "v", "has %ld heads, expected %ld (k's)", c.heads, b.heads);
     check.that(c.rows == b.rows, "v", "has %ld keys, expected %ld (k's)", c.rows, b.rows);
-    check.that(b.heads > 0 ? a.heads % b.heads == 0 : a.heads == 0, "q",
-               "has %ld heads, expected a multiple of %ld (k's)", a.heads, b.heads);
     for (const Tensor* t : {&q, &k, &v})
       for (int i = 0; i < dims; i++)
         check.that(t->shape[i] <= INT_MAX, "q, k or v", "has a dimension of %ld, expected at most %d", t->shape[i],
@@ -113,6 +118,11 @@ struct Arguments {
 struct Broadcast {
   int64_t strides[4];
 };
+
+inline void check_block_size(const Check& check, int64_t size, const char* name) {
+  check.that(size >= 16 && size <= 128 && size % 16 == 0, name,
+             "has blocks of %ld, expected a multiple of 16 from 16 to 128", size);
+}
 
 // The options' tensors and numbers, checked.
 struct RuleArguments {
@@ -171,9 +181,8 @@ struct RuleArguments {
   }
 
   void blocks(Rules& r) const {
-    for (const auto& [size, name] : {std::pair{o.block_q, "block_mask (queries)"}, {o.block_k, "block_mask (keys)"}})
-      a.check.that(size >= 16 && size <= 128 && size % 16 == 0, name,
-                   "has blocks of %ld, expected a multiple of 16 from 16 to 128", size);
+    check_block_size(a.check, o.block_q, "block_mask (queries)");
+    check_block_size(a.check, o.block_k, "block_mask (keys)");
     a.check.dtype(*o.blocks, "block_mask", {DType::boolean});
     const int64_t down = (rows + o.block_q - 1) / o.block_q, across = (keys + o.block_k - 1) / o.block_k;
     const Broadcast b = broadcast(*o.blocks, "block_mask", {p.batch, p.q_heads, down, across});

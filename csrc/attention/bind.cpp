@@ -107,6 +107,17 @@ void bind_attention(py::module_& m) {
     const Release release;
     rope_apply(x, cos, sin, out, interleaved, inverse, stream);
   });
+  m.def("attention_column_sums", [](T q, T k, T lse, T sums, OptionalT last_key, Scale scale) {
+    void* stream = q.stream();
+    const Release release;
+    attention_column_sums(q, k, lse, sums, {pointer_to(last_key), scale}, stream);
+  });
+  m.def("attention_block_max",
+        [](T q, T k, T lse, int64_t block_q, int64_t block_k, T maxima, OptionalT last_key, Scale scale) {
+          void* stream = q.stream();
+          const Release release;
+          attention_block_max(q, k, lse, block_q, block_k, maxima, {pointer_to(last_key), scale}, stream);
+        });
   m.def("attention_pack_mask", [](T mask, int64_t keys, T words) {
     void* stream = mask.stream();
     const Release release;

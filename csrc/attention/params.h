@@ -123,6 +123,21 @@ struct RopeParams {
   Type type;
 };
 
+// What attention weighed, recomputed from lse: exp(scale * q k^T - lse), 0 for keys behind a query's last one.
+struct ScoresParams {
+  const void* q;            // [b, hq, r, d]
+  const void* k;            // [b, hkv, sk, d]
+  const float* lse;         // [b, hq, r] contiguous
+  const int32_t* last_key;  // [r]: the last key that a query sees; null: all
+  float* sums;              // [b, hq, sk]: over the queries
+  float* maxima;            // [b, hq, ceil(r / block_q), ceil(sk / block_k)]: over the block
+  Strides q_strides, k_strides;
+  int batch, q_heads, kv_heads, rows, keys, dim;
+  int block_q, block_k;
+  float scale;
+  Type type;
+};
+
 // The family's kernels on one machine; null = not available there.
 struct Kernels {
   KernelFn<ForwardParams> forward;
@@ -131,6 +146,8 @@ struct Kernels {
   KernelFn<MergeParams> merge;
   KernelFn<MergeBackwardParams> merge_backward;
   KernelFn<RopeParams> rope;
+  KernelFn<ScoresParams> column_sums;
+  KernelFn<ScoresParams> block_max;
 };
 
 }  // namespace tilewise::attention

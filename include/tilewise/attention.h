@@ -95,4 +95,21 @@ void merge_attention_backward(const Tensor& dout, const Tensor& dlse, const Tens
 void rope_apply(const Tensor& x, const Tensor& cos, const Tensor& sin, const Tensor& out, bool interleaved = false,
                 bool inverse = false, void* stream = nullptr);
 
+// What attention weighed, recomputed from its lse; p[i, j] = exp(scale * q_i k_j - lse[i]). q [B, Hq, R, D] are all
+// queries or some of them, with their lse f32 [B, Hq, R] contiguous; k [B, Hkv, Sk, D]. `last_key` i32 [R] is the last
+// key that each query sees; null: all. scale defaults to 1 / sqrt(D).
+struct ScoreOptions {
+  const Tensor* last_key = nullptr;
+  std::optional<double> scale;
+};
+
+// sums f32 [B, Hq, Sk] contiguous: of p over the queries.
+void attention_column_sums(const Tensor& q, const Tensor& k, const Tensor& lse, const Tensor& sums,
+                           const ScoreOptions& options = {}, void* stream = nullptr);
+
+// maxima f32 [B, Hq, ceil(R / block_q), ceil(Sk / block_k)] contiguous: of p over blocks, whose sizes are multiples of
+// 16 from 16 to 128.
+void attention_block_max(const Tensor& q, const Tensor& k, const Tensor& lse, int64_t block_q, int64_t block_k,
+                         const Tensor& maxima, const ScoreOptions& options = {}, void* stream = nullptr);
+
 }  // namespace tilewise

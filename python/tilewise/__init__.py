@@ -3,7 +3,16 @@
 import torch as _torch  # noqa: F401  (first: the core looks for torch's thread team when it is loaded)
 
 from tilewise import _C, optim, reference, rope, speculative
-from tilewise.attention import BlockMask, attention, attention_varlen, merge_attention, shared_prefix_attention
+from tilewise.attention import (
+    BlockMask,
+    attention,
+    attention_block_max,
+    attention_column_sums,
+    attention_varlen,
+    merge_attention,
+    shared_prefix_attention,
+    tensor_attention,
+)
 from tilewise.fft_conv import fft_conv
 from tilewise.sparse import CSR, CompressedWeight, NMSparse, linear, matmul
 
@@ -13,6 +22,8 @@ __all__ = [
     "CompressedWeight",
     "NMSparse",
     "attention",
+    "attention_block_max",
+    "attention_column_sums",
     "attention_varlen",
     "fft_conv",
     "info",
@@ -24,6 +35,7 @@ __all__ = [
     "rope",
     "shared_prefix_attention",
     "speculative",
+    "tensor_attention",
 ]
 
 _C.attach_torch_threads()

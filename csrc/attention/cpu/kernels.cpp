@@ -2,6 +2,7 @@
 #include "attention/cpu/backward.h"
 #include "attention/cpu/forward.h"
 #include "attention/cpu/merge.h"
+#include "attention/cpu/scores.h"
 
 extern "C" const tilewise::attention::Kernels TILEWISE_ISA_TABLE(attention) = {
     &tilewise::forward,
@@ -10,4 +11,6 @@ extern "C" const tilewise::attention::Kernels TILEWISE_ISA_TABLE(attention) = {
     &tilewise::merge,
     &tilewise::merge_backward,
     &tilewise::rope,
+    &tilewise::column_sums,
+    &tilewise::block_max,
 };

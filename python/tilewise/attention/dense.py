@@ -24,12 +24,12 @@ def _backward(dout, dlse, q, k, v, out, lse, bias_gradient, *options):
     return grads
 
 
-_attention_op = register(
+attention_op = register(
     f"attention(Tensor q, Tensor k, Tensor v, {SCHEMA}) -> (Tensor, Tensor)",
     _forward,
     fake=lambda q, k, v, *_: empty_outputs(q, v),
 )
-_attention_backward_op = register(
+attention_backward_op = register(
     "attention_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
     f"bool bias_gradient, {SCHEMA}) -> Tensor[]",
     _backward,
@@ -44,7 +44,7 @@ _attention_out_op = register(
     _C.attention_out,
     fake=lambda *_: None,
 )
-register_autograd("attention", *attention_options.differentiation(_attention_backward_op, tensors=3))
+register_autograd("attention", *attention_options.differentiation(attention_backward_op, tensors=3))
 
 
 def attention(
@@ -126,5 +126,5 @@ def attention(
         generator=generator,
         deterministic=deterministic,
     )
-    out, lse = _attention_op(q, k, v, *options)
+    out, lse = attention_op(q, k, v, *options)
     return (out, lse) if return_lse else out
