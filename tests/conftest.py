@@ -1,4 +1,4 @@
-"""The device axis of the whole suite: cpu (every instruction set of this machine) | emulated | cuda.
+"""The device axis of the whole suite: cpu (every instruction set of this machine) | emulated (sm_80, sm_90) | cuda.
 
 ``emulated`` runs the CUDA launchers and kernels, compiled for the host, on CPU tensors through the same Python
 functions. TILEWISE_EMULATOR=plain|race|asan chooses how they were compiled; other than plain, only tests marked
@@ -13,15 +13,23 @@ import numpy
 import pytest
 import torch
 
-from harness.emulation import MODE, emulator_library
+from harness.emulation import MODE, architecture, emulator_library
 from tilewise import _C
 
-# The families that have kernels of their own for AMX tiles; the others would run their AVX-512 kernels twice.
-_AMX_FAMILIES = tuple(p.parts[-3] for p in Path(__file__).parents[1].glob("csrc/*/cpu/amx.cpp"))
+# The families that have kernels of their own for AMX tiles, or for Hopper; the others would run the same kernels twice.
+_CSRC = Path(__file__).parents[1] / "csrc"
+_FAMILIES_OF = {
+    "amx": tuple(p.parts[-3] for p in _CSRC.glob("*/cpu/amx.cpp")),
+    "sm90": tuple(p.parts[-3] for p in _CSRC.glob("*/cuda/*_sm90.cu")),
+}
+_EMULATED = {"sm80": 800, "sm90": 901}
 
 
 class Device:
-    """One point of the axis: ``kind`` is cpu, emulated or cuda; ``torch`` is where its tensors live."""
+    """One point of the axis: ``kind`` is cpu, emulated or cuda; ``torch`` is where its tensors live.
+
+    ``isa`` is the instruction set of the CPU, or the architecture that the emulator stands for.
+    """
 
     def __init__(self, kind: str, isa: str | None = None):
         self.kind, self.isa = kind, isa
@@ -33,8 +41,9 @@ class Device:
 
 def _devices():
     if MODE != "plain":
-        return [Device("emulated")]
-    devices = [Device("cpu", isa) for isa in reversed(_C.isa_levels())] + [Device("emulated")]
+        return [Device("emulated", arch) for arch in _EMULATED]
+    devices = [Device("cpu", isa) for isa in reversed(_C.isa_levels())]
+    devices += [Device("emulated", arch) for arch in _EMULATED]
     devices += [Device("cuda")] if _C.cuda_architectures() and torch.cuda.is_available() else []
     return [d for d in devices if d.kind in os.environ.get("TILEWISE_DEVICES", "cpu emulated cuda").split()]
 
@@ -44,11 +53,12 @@ def device(request):
     """Selects the backend for one test; tensors go to ``device.torch``."""
     where = request.param
     before = _C.isa()
-    if where.isa:
+    if where.kind == "cpu":
         _C.set_isa(where.isa)
     if where.kind == "emulated":
         _C.emulate(emulator_library())
-    yield where
+    with architecture(_EMULATED.get(where.isa, 800)):
+        yield where
     _C.emulate(None)
     _C.set_isa(before)
 
@@ -69,7 +79,8 @@ def _wanted(item):
     only = item.get_closest_marker("devices")
     if only and device and device.kind not in only.args:
         return False
-    if device and device.isa == "amx" and not item.path.stem.removeprefix("test_").startswith(_AMX_FAMILIES):
+    own = _FAMILIES_OF.get(device.isa) if device else None
+    if own is not None and not item.path.stem.removeprefix("test_").startswith(own):
         return False
     return MODE == "plain" or bool(device and item.get_closest_marker("modes"))
 

@@ -25,3 +25,23 @@ def test_facts(family):
     assert objects, f"no CUDA objects of {family} in {BUILD}"
     facts = importlib.import_module(f"sass_facts.{family}").FACTS
     facts_of.assert_facts(facts_of.read_all(objects), facts)
+
+
+def test_softmax_runs_beside_the_products_on_hopper():
+    """The wait for P V stands at the top of the loop, behind the whole softmax of the iteration before.
+
+    ptxas silently hoists it above the softmax when they share a basic block; nothing would overlap then.
+    """
+    waits = {n: f"WARPGROUP.DEPBAR.LE gsb0, 0x{n}" for n in (0, 1)}
+    found = facts_of.loops(next(BUILD.glob("CMakeFiles/tilewise.dir/csrc/attention/cuda/forward_sm90.cu.o")))
+    kernels = {name: bodies for name, bodies in found.items() if "ForwardSm90" in name}
+    assert kernels
+    for name, bodies in kernels.items():
+        main = [b for b in bodies if any(waits[1] in i for i in b) and len(b) < 1200]
+        assert main, f"{name}: no main loop"
+        for body in main:
+            last = [next(i for i, text in enumerate(body) if wait in text) for wait in waits.values()]
+            softmax = sum(text.startswith("MUFU.EX2") for text in body[last[1] :])
+            assert last[0] < 16 and softmax >= 32, (
+                f"{name}: waits at {last} of {len(body)}, then {softmax} exponentials"
+            )

@@ -28,6 +28,17 @@ def schedule(seed: int):
             os.environ.pop(name) if value is None else os.environ.__setitem__(name, value)
 
 
+@contextlib.contextmanager
+def architecture(number: int):
+    """What launchers take the device to be: 800, or 901 for a Hopper with its own instructions."""
+    before = os.environ.get("SIMT_ARCH")
+    os.environ["SIMT_ARCH"] = str(number)
+    try:
+        yield
+    finally:
+        os.environ.pop("SIMT_ARCH") if before is None else os.environ.__setitem__("SIMT_ARCH", before)
+
+
 def assert_schedules_agree(run, count: int = 10) -> None:
     """``run()`` returns tensors (or a tuple of them): bit-identical under the fixed and ``count`` random schedules."""
     as_tuple = lambda out: out if isinstance(out, tuple) else (out,)  # noqa: E731

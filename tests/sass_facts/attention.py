@@ -10,6 +10,7 @@ FACTS = {
     "::Forward<.* 128,": {**_TENSOR_CORES, "HMMA": ">=384", "MUFU": ">=128"},
     "::BackwardQueries<": {**_TENSOR_CORES, "HMMA": ">=128"},
     "::BackwardKeys<": {**_TENSOR_CORES, "HMMA": ">=128"},
+    "::ForwardSm90<": {"LDL|STL": 0, "stack": 0, "HGMMA": ">=24", "UTMALDG": ">0", "USETMAXREG": 2},
     "::Any": {**_NO_SPILLS, "FFMA": ">=256"},
     "::Delta<": {**_NO_SPILLS, "registers": "<=64"},
 }

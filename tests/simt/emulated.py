@@ -14,6 +14,7 @@ ROOT = HERE.parents[1]
 BUILD = ROOT / "build" / "simt-tests"
 MODES = ("plain", "race", "asan")
 SIMT_VARIABLES = (
+    "SIMT_ARCH",
     "SIMT_SCHED",
     "SIMT_ASYNC",
     "SIMT_SEED",

@@ -152,6 +152,24 @@ def read_all(paths):
     return [kernel for path in paths for kernel in read(path)]
 
 
+def loops(path):
+    """{kernel: the instructions of each of its loops, without predicates, in order}"""
+    found = {}
+    for block in dump(find_cuobjdump(), "-sass", path).split("Function : ")[1:]:
+        name = block.split("\n")[0].strip()
+        code = [
+            (int(m[1], 16), re.sub(r"^@!?U?P\w+ ", "", m[2].strip()))
+            for m in re.finditer(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", block, re.M)
+        ]
+        place = {address: i for i, (address, _) in enumerate(code)}
+        bodies = found.setdefault(demangle([name])[name], [])
+        for i, (address, text) in enumerate(code):
+            target = re.match(r"BRA (?:U?!?P\w+, )?0x([0-9a-f]+)", text)
+            if target and int(target[1], 16) < address:
+                bodies.append([text for _, text in code[place[int(target[1], 16)] : i + 1]])
+    return found
+
+
 def satisfied(value, wanted):
     if isinstance(wanted, int):
         return value == wanted

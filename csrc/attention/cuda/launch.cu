@@ -31,7 +31,8 @@ bool scale_is_positive(const ForwardParams& p) {
 const char* forward(const ForwardParams& p, const Runtime& rt) {
   if (p.dim != p.v_dim) return no_such_instance();
   const bool tensor_cores = p.type != Type::f32 && scale_is_positive(p) && rows_aligned(p);
-  return tensor_cores ? forward_tensor_cores(p, rt) : forward_any(p, rt);
+  if (!tensor_cores) return forward_any(p, rt);
+  return serves_sm90(p) ? forward_sm90(p, rt) : forward_tensor_cores(p, rt);
 }
 
 const char* backward(const BackwardParams& b, const Runtime& rt) {

@@ -8,6 +8,9 @@ namespace tilewise::attention {
 // fp16 and bf16 on tensor cores: 16-byte rows, a positive scale.
 const char* forward_tensor_cores(const ForwardParams&, const Runtime&);
 const char* backward_tensor_cores(const BackwardParams&, const Runtime&);
+// The forward on sm_90a, for what its tensor maps can describe.
+bool serves_sm90(const ForwardParams&);
+const char* forward_sm90(const ForwardParams&, const Runtime&);
 // Every type, alignment and scale, on the fp32 units.
 const char* forward_any(const ForwardParams&, const Runtime&);
 const char* backward_any(const BackwardParams&, const Runtime&);

@@ -1,14 +1,17 @@
 // Launches and device queries: twin of device/launch.h. Launches are synchronous and may come from several host
 // threads.
 #pragma once
+#include <stdlib.h>
 #include <string.h>
 
 #include "runtime.h"
 
 namespace simt {
 
+// SIMT_ARCH: a GPU of another architecture, where a launcher chooses kernels by it.
 inline int device_arch() {
-  return kSm90a;
+  const char* arch = getenv("SIMT_ARCH");
+  return arch ? atoi(arch) : kSm90a;
 }
 inline int sm_count() {
   return 4;

@@ -1,0 +1,87 @@
+// Instances of the Hopper forward kernel, and their tensor maps.
+#include "attention/cuda/forward_sm90.h"
+
+#include "attention/cuda/launch.h"
+
+namespace tilewise::attention {
+namespace {
+
+constexpr int64_t kCacheBytes = 32 << 20;  // of L2, for keys and values
+
+// (d, rows, heads, batch) in boxes of 64 columns by `box_rows`. A dimension of extent one may have any stride.
+const char* make_map(TensorMap& map, const void* base, const Strides& s, int dim, int64_t rows, int heads, int batch,
+                     int box_rows) {
+  const auto bytes = [](int64_t stride, int64_t extent) {
+    return static_cast<uint64_t>(extent <= 1 ? 16 : stride * 2);
+  };
+  const uint64_t dims[4] = {static_cast<uint64_t>(dim), static_cast<uint64_t>(rows), static_cast<uint64_t>(heads),
+                            static_cast<uint64_t>(batch)};
+  const uint64_t strides[3] = {bytes(s.row, rows), bytes(s.head, heads), bytes(s.batch, batch)};
+  const uint32_t box[4] = {64, static_cast<uint32_t>(box_rows), 1, 1};
+  return make_tensor_map_sw128(&map, base, 2, 4, dims, strides, box);
+}
+
+template <class K>
+const char* make_maps(ForwardSm90Args& a) {
+  const ForwardParams& p = a.p;
+  const bool packed = p.cu_seqlens_q;
+  const int64_t q_rows = packed ? p.total_q : p.seq_q, k_rows = packed ? p.total_k : p.seq_k;
+  const int batch = packed ? 1 : p.batch;
+  const char* why = make_map(a.q, p.q, p.q_strides, p.dim, q_rows, p.q_heads, batch, K::kGroupQueries);
+  if (!why && k_rows > 0) why = make_map(a.k, p.k, p.k_strides, p.dim, k_rows, p.kv_heads, batch, K::kKeys);
+  if (!why && k_rows > 0) why = make_map(a.v, p.v, p.v_strides, p.v_dim, k_rows, p.kv_heads, batch, K::kKeys);
+  if (!why && !packed) why = make_map(a.out, p.out, p.out_strides, p.v_dim, q_rows, p.q_heads, batch, K::kGroupQueries);
+  return why;
+}
+
+template <class K>
+const char* launch_persistent(const ForwardParams& p, const Runtime& rt) {
+  ForwardSm90Args a = {};
+  a.p = p;
+  a.fault = rt.fault;
+  a.tiles = ceil_div(p.seq_q, K::kQueries);
+  const int64_t heads = static_cast<int64_t>(p.batch) * p.q_heads, works = heads * a.tiles;
+  if (works > 0x7fffffff) return "more than 2^31 - 1 tiles, expected fewer sequences, heads or rows";
+  const int64_t group = p.q_heads / p.kv_heads, head_bytes = 2 * int64_t(p.seq_k) * (p.dim + p.v_dim);
+  const int64_t fit = head_bytes > 0 ? kCacheBytes / head_bytes * group : heads;
+  a.section = static_cast<int>(fit < 1 ? 1 : fit < heads ? fit : heads);
+  if (const char* why = make_maps<K>(a)) return why;
+  const int64_t blocks = works < sm_count() ? works : sm_count();
+  return launch<K>(dim3(static_cast<unsigned>(blocks)), a, rt.stream);
+}
+
+// Keys of a tile: as many as registers and shared memory hold.
+template <int D, class Mask>
+constexpr int keys_of() {
+  return D == 256 ? 80 : D == 128 && !Mask::kLongestTileLast ? 176 : 128;
+}
+
+// Tensor maps step along every dimension: none of more than one element may stand still.
+bool steps(const Strides& s, int64_t batch, int64_t heads, int64_t rows) {
+  return (batch <= 1 || s.batch > 0) && (heads <= 1 || s.head > 0) && (rows <= 1 || s.row > 0);
+}
+
+}  // namespace
+
+bool serves_sm90(const ForwardParams& p) {
+  if (!arch_runs(device_arch(), kSm90a)) return false;
+  const bool packed = p.cu_seqlens_q;
+  const int64_t batch = packed ? 1 : p.batch, q_rows = packed ? p.total_q : p.seq_q;
+  const int64_t k_rows = packed ? p.total_k : p.seq_k;
+  return p.dim % 8 == 0 && p.v_dim % 8 == 0 && steps(p.q_strides, batch, p.q_heads, q_rows) &&
+         steps(p.k_strides, batch, p.kv_heads, k_rows) && steps(p.v_strides, batch, p.kv_heads, k_rows);
+}
+
+const char* forward_sm90(const ForwardParams& p, const Runtime& rt) {
+  return select_type16(p.type, [&](auto type) {
+    return select_dim(p.dim > p.v_dim ? p.dim : p.v_dim, [&](auto dim) {
+      return select_mask(p.causal, [&](auto tag) {
+        constexpr int D = decltype(dim)::value;
+        using Mask = TypeOf<decltype(tag)>;
+        return launch_persistent<ForwardSm90<TypeOf<decltype(type)>, D, keys_of<D, Mask>(), Mask>>(p, rt);
+      });
+    });
+  });
+}
+
+}  // namespace tilewise::attention
