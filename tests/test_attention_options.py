@@ -48,7 +48,12 @@ OPTIONS = {
     "bias": lambda s: {"bias": torch.randn(s.batch, s.heads, s.queries, s.keys)},
     "bias-of-heads": lambda s: {"bias": torch.randn(s.heads, s.queries, s.keys), "causal": True},
     "bias-of-keys": lambda s: {"bias": torch.randn(s.batch, 1, 1, s.keys)},
-    "bias-of-rows": lambda s: {"bias": torch.randn(1, s.heads, s.queries, 1), "softcap": 2.0},
+    # beside a sink as heavy as all keys: without one, the softmax cancels it and its gradient is zero
+    "bias-of-rows": lambda s: {
+        "bias": torch.randn(1, s.heads, s.queries, 1),
+        "softcap": 2.0,
+        "sink_logits": torch.randn(s.heads) + math.log(s.keys),
+    },
     "mask": lambda s: {"mask": boolean(s.batch, s.heads, s.queries, s.keys)},
     "mask-of-keys": lambda s: {"mask": boolean(s.batch, 1, 1, s.keys), "causal": True},
     "mask-of-rows": lambda s: {"mask": boolean(s.queries, 1)},

@@ -5,4 +5,5 @@
 extern "C" const tilewise::attention::Kernels TILEWISE_ISA_TABLE(attention) = {
     &tilewise::forward_on_tiles,
     &tilewise::backward_on_tiles,
+    nullptr,  // pack_mask
 };

@@ -34,7 +34,7 @@ bool forward_tiles_task(const ForwardParams& p, const Runtime& rt, int64_t b, in
   const Sequence seq = sequence_of(p, b);
   const int begin = static_cast<int>(block) * kTaskQueries;
   if (begin >= seq.queries) return true;
-  if (seq.queries < kMinTileQueries) return forward_task<T>(p, rt, b, head, block);
+  if (seq.queries < kMinTileQueries || !causal_or_dense(p.rules)) return forward_task<T>(p, rt, b, head, block);
   const int queries = min_of(kTaskQueries, seq.queries - begin);
   const int tiles = static_cast<int>(ceil_div(queries, kTileQueries));
 

@@ -312,6 +312,7 @@ const char* backward_tiles(const BackwardParams& b, const Runtime& rt) {
 }
 
 const char* backward_on_tiles(const BackwardParams& b, const Runtime& rt) {
+  if (!causal_or_dense(b.forward.rules)) return backward(b, rt);
   return for_type(b.forward.type, [&](auto type) { return backward_tiles<decltype(type)>(b, rt); });
 }
 

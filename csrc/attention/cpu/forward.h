@@ -1,16 +1,13 @@
 // Forward: softmax(Q K^T) V over blocks of keys, with running statistics (Dao et al., arXiv:2205.14135). Scores are in
 // base 2: the scale times log2(e) is folded into the packed queries.
 #pragma once
-#include "attention/cpu/problem.h"
-#include "attention/cpu/tile.h"
+#include "attention/cpu/ruled.h"
 
 namespace tilewise {
 namespace {
 
 constexpr int kTiles = 512 / kLanes;  // tiles of a task: they share a block of keys while it is in the L2 cache
 constexpr int kTaskQueries = kTiles * kLanes;
-constexpr double kLog2e = 1.4426950408889634, kLn2 = 0.6931471805599453;
-constexpr float kLowest = -3.402823466e38f;
 // Probabilities are taken relative to a reference score, not to the running maximum: exact while no score exceeds it by
 // more than this (in powers of two). Then the reference is raised to the maximum and the block is done again.
 constexpr float kSlack = 16.f;
@@ -127,40 +124,156 @@ inline void raise_reference(ForwardTile& tile, const ForwardScratch& s, int vect
   }
 }
 
-// Adds a block of `count` keys to a tile of `vectors` vectors; lane i sees key j iff j <= first + i.
-inline void attend(const ForwardParams& p, ForwardTile& tile, const ForwardScratch& s, const Rows& k, const Rows& v,
-                   int count, int64_t first, int vectors) {
-  if (!tile.started) start(tile, vectors, p.dim, k);
-  const Regions regions(count, first, vectors);
-  for (int attempt = 0; attempt < 2; attempt++) {
-    fill(s.block_sum, kLanes, 0);
-    fill(s.peak, kLanes, kLowest);
-    for (const Region& r : regions) kScoreRegion[vectors - r.vector - 1][r.masked](r, p.dim, k, tile, s);
-    if (attempt == 1 || !exceeds(tile, s, vectors)) break;
-    raise_reference(tile, s, vectors, p.v_dim);
-  }
+// out += weights * values, and their sum.
+template <class List>
+void add_values(const ForwardParams& p, ForwardTile& tile, const ForwardScratch& s, const Rows& v, const List& regions,
+                int vectors) {
   for (int i = 0; i < vectors; i++) store(tile.sum + i * W, load(tile.sum + i * W) + load(s.block_sum + i * W));
   for (const Region& r : regions) {
     const int lane = r.vector * W;
-    kAccumulate[vectors - r.vector - 1](p.v_dim, r.end - r.begin, v.data + r.begin * v.stride, v.stride,
-                                        s.probabilities + r.begin * kLanes + lane, tile.out + lane);
+    kAccumulate[r.vectors - 1](p.v_dim, r.end - r.begin, v.data + r.begin * v.stride, v.stride,
+                               s.probabilities + r.begin * kLanes + lane, tile.out + lane);
   }
+}
+
+// Adds the regions of a block of keys to a tile of `vectors` vectors that has a reference.
+template <class List>
+void attend(const ForwardParams& p, ForwardTile& tile, const ForwardScratch& s, const Rows& k, const Rows& v,
+            const List& regions, int vectors) {
+  for (int attempt = 0; attempt < 2; attempt++) {
+    fill(s.block_sum, kLanes, 0);
+    fill(s.peak, kLanes, kLowest);
+    for (const Region& r : regions) kScoreRegion[r.vectors - 1][r.masked](r, p.dim, k, tile, s);
+    if (attempt == 1 || !exceeds(tile, s, vectors)) break;
+    raise_reference(tile, s, vectors, p.v_dim);
+  }
+  add_values(p, tile, s, v, regions, vectors);
+}
+
+// The same under rules. Scores are stored before their weights are taken, so nothing is done twice, not even where the
+// tile has no reference yet.
+inline void attend_ruled(const ForwardParams& p, const HeadRules& rules, const Place& at, ForwardTile& tile,
+                         const ForwardScratch& s, const Rows& k, const Rows& v) {
+  const RuledRegions regions(rules, p.rules, at);
+  if (regions.size == 0) return;
+  if (regions.plain && tile.started) return attend(p, tile, s, k, v, regions, at.vectors());
+  fill(s.block_sum, kLanes, 0);
+  fill(s.peak, kLanes, kLowest);
+  for (const Region& r : regions) {
+    kProductRegion[r.vectors - 1](r, p.dim, k, tile.q, s.probabilities);
+    adjust_scores(rules, r, at, s.probabilities, s.peak);
+  }
+  if (!tile.started) fill(tile.reference, kLanes, kLowest);
+  tile.started = true;
+  if (exceeds(tile, s, at.vectors())) raise_reference(tile, s, at.vectors(), p.v_dim);
+  for (const Region& r : regions) exponentiate(rules, r, at, tile.reference, s.probabilities, s.block_sum);
+  add_values(p, tile, s, v, regions, at.vectors());
+}
+
+// What a row's sum, which the sink joins, comes to.
+struct RowEnd {
+  bool nothing;
+  float factor, lse;  // of out; natural logarithm
+};
+inline RowEnd end_row(float reference, float sum, float sink) {
+  if (sum == 0) return {true, 0, sink};
+  if (sink == -kInfinity) return {false, 1 / sum, static_cast<float>((reference + __builtin_log2(sum)) * kLn2)};
+  // Relative to the higher of reference and sink nothing overflows, however far apart they are.
+  const double sink_log2 = sink * kLog2e, top = max_of<double>(reference, sink_log2);
+  const double weight = __builtin_exp2(reference - top), total = sum * weight + __builtin_exp2(sink_log2 - top);
+  return {false, static_cast<float>(weight / total), static_cast<float>((top + __builtin_log2(total)) * kLn2)};
 }
 
 // Normalises `count` queries of a tile and writes them; the first `blind` of them see no key at all.
 template <class T>
-void finish(const ForwardTile& tile, int count, int64_t blind, T* out, int64_t stride, int v_dim, float* lse) {
+void finish(const ForwardTile& tile, int count, int64_t blind, float sink, T* out, int64_t stride, int v_dim,
+            float* lse) {
   float factors[kLanes];
+  bool nothing[kLanes];
   for (int i = 0; i < kLanes; i++) {
-    const float sum = tile.sum[i];
-    const bool nothing = i < blind || sum == 0;
-    factors[i] = nothing ? 0 : 1 / sum;
-    if (i < count) lse[i] = nothing ? -kInfinity : static_cast<float>((tile.reference[i] + __builtin_log2(sum)) * kLn2);
+    const RowEnd end = end_row(tile.reference[i], i < blind ? 0 : tile.sum[i], sink);
+    factors[i] = end.factor;
+    nothing[i] = end.nothing;
+    if (i < count) lse[i] = end.lse;
   }
   unpack_tile(out, stride, tile.out, count, v_dim, factors);
-  for (int i = 0; i < blind && i < count; i++)
-    for (int d = 0; d < v_dim; d++) out[i * stride + d] = from_float<T>(0);
+  for (int i = 0; i < count; i++)
+    if (nothing[i])
+      for (int d = 0; d < v_dim; d++) out[i * stride + d] = from_float<T>(0);
 }
+
+// Up to kTaskQueries queries of one head of a sequence, from `begin` on.
+template <class T>
+struct ForwardTask {
+  const ForwardParams& p;
+  const Sequence& seq;
+  int64_t head;
+  int begin, queries;
+  ForwardScratch s;
+  const T *k, *v;  // the sequence's first
+
+  int tiles() const { return static_cast<int>(ceil_div(queries, kLanes)); }
+  int queries_of(int t) const { return min_of(kLanes, queries - t * kLanes); }
+
+  void load_tiles() {
+    const T* q = row_of<const T>(p.q, p.q_strides, seq.batch, head, seq.q_row + begin);
+    for (int t = 0; t < tiles(); t++) {
+      ForwardTile& tile = s.tiles[t];
+      pack_tile(tile.q, q + t * kLanes * p.q_strides.row, p.q_strides.row, queries_of(t), p.dim,
+                static_cast<float>(p.scale * kLog2e));
+      fill(tile.out, int64_t(p.v_dim) * kLanes, 0);
+      fill(tile.sum, kLanes, 0);
+    }
+  }
+
+  Rows k_block(int64_t key, int count) const {
+    return as_floats(k + key * p.k_strides.row, p.k_strides.row, count, p.dim, s.k);
+  }
+  Rows v_block(int64_t key, int count) const {
+    return as_floats(v + key * p.v_strides.row, p.v_strides.row, count, p.v_dim, s.v);
+  }
+
+  void attend_all() {
+    const int64_t diagonal = diagonal_of(p, seq);
+    const int64_t end = max_of<int64_t>(0, min_of<int64_t>(seq.keys, begin + queries + diagonal));
+    for (int64_t key = 0; key < end; key += kKeys) {
+      const int count = static_cast<int>(min_of<int64_t>(kKeys, end - key));
+      const Rows k_rows = k_block(key, count), v_rows = v_block(key, count);
+      for (int t = 0; t < tiles(); t++) {
+        const int64_t first = begin + t * kLanes + diagonal - key;  // the last key of the block that lane 0 sees
+        const int visible = static_cast<int>(min_of<int64_t>(count, first + queries_of(t)));
+        if (visible <= 0) continue;
+        const int vectors = static_cast<int>(ceil_div(queries_of(t), W));
+        if (!s.tiles[t].started) start(s.tiles[t], vectors, p.dim, k_rows);
+        attend(p, s.tiles[t], s, k_rows, v_rows, Regions(visible, first, vectors), vectors);
+      }
+    }
+  }
+
+  void attend_ruled(const HeadRules& rules) {
+    const int block = ruled_keys(p.rules);
+    const int64_t last = begin + queries - 1;
+    for (int64_t key = rules.next_seen(begin, last, 0); key < seq.keys; key = rules.next_seen(begin, last, key)) {
+      key = key / block * block;
+      const int count = static_cast<int>(min_of<int64_t>(block, seq.keys - key));
+      const Rows k_rows = k_block(key, count), v_rows = v_block(key, count);
+      for (int t = 0; t < tiles(); t++)
+        tilewise::attend_ruled(p, rules, {begin + t * kLanes, key, queries_of(t), count}, s.tiles[t], s, k_rows,
+                               v_rows);
+      key += block;
+    }
+  }
+
+  void store_tiles(int64_t first_seeing, float sink) const {
+    const Strides statistics = statistics_strides(p);
+    for (int t = 0; t < tiles(); t++) {
+      const int row = begin + t * kLanes;
+      float* lse = row_of<float>(p.lse, statistics, seq.batch, head, seq.q_row + row);
+      T* out = row_of<T>(p.out, p.out_strides, seq.batch, head, seq.q_row + row);
+      finish(s.tiles[t], queries_of(t), first_seeing - row, sink, out, p.out_strides.row, p.v_dim, lse);
+    }
+  }
+};
 
 template <class T>
 bool forward_task(const ForwardParams& p, const Runtime& rt, int64_t b, int64_t head, int64_t block) {
@@ -169,41 +282,23 @@ bool forward_task(const ForwardParams& p, const Runtime& rt, int64_t b, int64_t 
   if (begin >= seq.queries) return true;
   float* memory = scratch<float>(rt, kTaskScratch, forward_scratch_floats(p));
   if (!memory) return false;
-  ForwardScratch s = carve(p, memory);
-
-  const int queries = min_of(kTaskQueries, seq.queries - begin), tiles = static_cast<int>(ceil_div(queries, kLanes));
-  const int64_t kv_head = head / (p.q_heads / p.kv_heads), diagonal = diagonal_of(p, seq);
-  const T* q = row_of<const T>(p.q, p.q_strides, seq.batch, head, seq.q_row + begin);
-  const T* k = row_of<const T>(p.k, p.k_strides, seq.batch, kv_head, seq.k_row);
-  const T* v = row_of<const T>(p.v, p.v_strides, seq.batch, kv_head, seq.k_row);
-  auto queries_of = [&](int t) { return min_of(kLanes, queries - t * kLanes); };
-  for (int t = 0; t < tiles; t++) {
-    ForwardTile& tile = s.tiles[t];
-    pack_tile(tile.q, q + t * kLanes * p.q_strides.row, p.q_strides.row, queries_of(t), p.dim,
-              static_cast<float>(p.scale * kLog2e));
-    fill(tile.out, int64_t(p.v_dim) * kLanes, 0);
-    fill(tile.sum, kLanes, 0);
-  }
-
-  const int64_t end = max_of<int64_t>(0, min_of<int64_t>(seq.keys, begin + queries + diagonal));
-  for (int64_t key = 0; key < end; key += kKeys) {
-    const int count = static_cast<int>(min_of<int64_t>(kKeys, end - key));
-    const Rows k_rows = as_floats(k + key * p.k_strides.row, p.k_strides.row, count, p.dim, s.k);
-    const Rows v_rows = as_floats(v + key * p.v_strides.row, p.v_strides.row, count, p.v_dim, s.v);
-    for (int t = 0; t < tiles; t++) {
-      const int64_t first = begin + t * kLanes + diagonal - key;  // the last key of the block that lane 0 sees
-      const int visible = static_cast<int>(min_of<int64_t>(count, first + queries_of(t)));
-      if (visible <= 0) continue;
-      attend(p, s.tiles[t], s, k_rows, v_rows, visible, first, static_cast<int>(ceil_div(queries_of(t), W)));
-    }
-  }
-
-  const Strides statistics = statistics_strides(p);
-  for (int t = 0; t < tiles; t++) {
-    const int row = begin + t * kLanes;
-    float* lse = row_of<float>(p.lse, statistics, seq.batch, head, seq.q_row + row);
-    T* out = row_of<T>(p.out, p.out_strides, seq.batch, head, seq.q_row + row);
-    finish(s.tiles[t], queries_of(t), -(row + diagonal), out, p.out_strides.row, p.v_dim, lse);
+  const int64_t kv_head = head / (p.q_heads / p.kv_heads);
+  ForwardTask<T> task = {p,
+                         seq,
+                         head,
+                         begin,
+                         min_of(kTaskQueries, seq.queries - begin),
+                         carve(p, memory),
+                         row_of<const T>(p.k, p.k_strides, seq.batch, kv_head, seq.k_row),
+                         row_of<const T>(p.v, p.v_strides, seq.batch, kv_head, seq.k_row)};
+  task.load_tiles();
+  if (causal_or_dense(p.rules)) {
+    task.attend_all();
+    task.store_tiles(-diagonal_of(p, seq), -kInfinity);
+  } else {
+    const HeadRules rules(p, seq, head);
+    task.attend_ruled(rules);
+    task.store_tiles(0, rules.sink());
   }
   return true;
 }

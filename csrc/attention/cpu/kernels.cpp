@@ -2,12 +2,13 @@
 #include "attention/cpu/backward.h"
 #include "attention/cpu/forward.h"
 #include "attention/cpu/merge.h"
+#include "attention/cpu/pack_mask.h"
 #include "attention/cpu/scores.h"
 
 extern "C" const tilewise::attention::Kernels TILEWISE_ISA_TABLE(attention) = {
     &tilewise::forward,
     &tilewise::backward,
-    nullptr,  // pack_mask
+    &tilewise::pack_mask,
     &tilewise::merge,
     &tilewise::merge_backward,
     &tilewise::rope,

@@ -8,18 +8,20 @@ namespace {
 
 using namespace attention;
 
+constexpr double kLog2e = 1.4426950408889634, kLn2 = 0.6931471805599453;
 constexpr int64_t kNoDiagonal = int64_t(1) << 40;  // of attention that is not causal
 
 struct Sequence {
   int64_t batch;         // index along the batch dimension; 0 for packed tensors
   int64_t q_row, k_row;  // first row
   int queries, keys;
+  int64_t number;  // among all sequences, packed or not
 };
 
 inline Sequence sequence_of(const ForwardParams& p, int64_t b) {
-  if (!p.cu_seqlens_q) return {b, 0, 0, p.seq_q, p.seq_k};
+  if (!p.cu_seqlens_q) return {b, 0, 0, p.seq_q, p.seq_k, b};
   const int32_t *q = p.cu_seqlens_q + b, *k = p.cu_seqlens_k + b;
-  return {0, q[0], k[0], q[1] - q[0], k[1] - k[0]};
+  return {0, q[0], k[0], q[1] - q[0], k[1] - k[0], b};
 }
 
 // lse and delta: [b, hq, s] | [hq, tq]

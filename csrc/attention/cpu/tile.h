@@ -95,9 +95,10 @@ TILEWISE_INLINE Rows as_floats(const T* rows, int64_t stride, int count, int dim
   return {space, padded};
 }
 
-// A part of a block of keys against the vectors of a tile that can see it: keys [begin, end), vectors from `vector` on.
+// A part of a block of keys against the vectors of a tile that can see it: keys [begin, end), `vectors` vectors from
+// `vector` on.
 struct Region {
-  int begin, end, vector;
+  int begin, end, vector, vectors;
   bool masked;  // lane i of the first of these vectors sees key j iff i >= j - diagonal; the others see all
   int diagonal;
 };
@@ -108,17 +109,18 @@ struct Regions {
   Region list[kVectors + 1];
   int size = 0;
 
-  void add(int begin, int end, int vector, bool masked, int diagonal) {
-    if (begin < end) list[size++] = {begin, end, vector, masked, diagonal};
+  void add(int begin, int end, int vector, int vectors, bool masked, int diagonal) {
+    if (begin < end) list[size++] = {begin, end, vector, vectors, masked, diagonal};
   }
   Regions(int count, int64_t first, int vectors) {
     const int seen_by_all = static_cast<int>(max_of<int64_t>(0, min_of<int64_t>(first, count)));
-    add(0, seen_by_all, 0, false, 0);
+    add(0, seen_by_all, 0, vectors, false, 0);
     for (int v = 0; v < vectors && seen_by_all < count; v++) {
       const int64_t diagonal = first + v * W;
       const int begin = static_cast<int>(max_of<int64_t>(diagonal, 0));
       if (begin >= count) break;
-      add(begin, static_cast<int>(min_of<int64_t>(diagonal + W, count)), v, true, static_cast<int>(diagonal));
+      add(begin, static_cast<int>(min_of<int64_t>(diagonal + W, count)), v, vectors - v, true,
+          static_cast<int>(diagonal));
     }
   }
   const Region* begin() const { return list; }

@@ -50,7 +50,7 @@ def attention(
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
     if bias is not None:
-        scores = scores + bias
+        scores = scores + bias.to(scores)
     if alibi_slopes is not None:
         distance = _distance(queries, keys, q.device)
         slopes = alibi_slopes.reshape(-1, q.shape[1], 1, 1).to(scores)
