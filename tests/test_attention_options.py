@@ -48,11 +48,11 @@ OPTIONS = {
     "bias": lambda s: {"bias": torch.randn(s.batch, s.heads, s.queries, s.keys)},
     "bias-of-heads": lambda s: {"bias": torch.randn(s.heads, s.queries, s.keys), "causal": True},
     "bias-of-keys": lambda s: {"bias": torch.randn(s.batch, 1, 1, s.keys)},
-    # beside a sink as heavy as all keys: without one, the softmax cancels it and its gradient is zero
+    # beside sinks as heavy as all keys: without them, the softmax cancels the bias and its gradient is zero
     "bias-of-rows": lambda s: {
         "bias": torch.randn(1, s.heads, s.queries, 1),
         "softcap": 2.0,
-        "sink_logits": torch.randn(s.heads) + math.log(s.keys),
+        "sink_logits": torch.randn(s.heads) + math.log(s.keys) + 1,
     },
     "mask": lambda s: {"mask": boolean(s.batch, s.heads, s.queries, s.keys)},
     "mask-of-keys": lambda s: {"mask": boolean(s.batch, 1, 1, s.keys), "causal": True},
@@ -100,6 +100,8 @@ def check(shape, name, dtype, device, attention=tw.attention, plain=reference.at
 
     tensors = tensors or inputs(shape, dtype, device)
     dout = torch.randn(*tensors[0].shape[:-1], tensors[2].shape[-1]).to(device.torch, dtype)
+    if "sink_logits" in options:  # whose gradient, a sum over all rows, would cancel
+        dout, tensors = dout + 0.5, (*tensors[:2], tensors[2] + 0.5)
     gradients = (*GRADIENTS, *(LEAVES[n] for n in leaves))
     judge(ours, theirs, (*tensors, *(options[n] for n in leaves)), dout, dtype, gradients)
 

@@ -2,6 +2,7 @@
 // O += weights V (Dao et al., arXiv:2205.14135). The rows are tokens, heads of a group or both, the keys come from
 // anywhere; what a row may see is a policy.
 #pragma once
+#include "common/softmax.h"
 #include "common/tiles.h"
 
 namespace tilewise {
@@ -40,6 +41,17 @@ struct SeesUpTo {
   }
 };
 
+// What a policy may do beside hiding, by overloads: change scores, here those relative to `reference`, and the weights
+// that meet values, though not their sum.
+template <class Visible>
+TILEWISE_INLINE VF seen_score(const Visible& visible, VF score, VF reference, int row, int key) {
+  return visible.hide(score - reference, row, key);
+}
+template <class Visible>
+TILEWISE_INLINE VF met_weight(const Visible&, VF weight, int, int) {
+  return weight;
+}
+
 template <int N>
 struct Count {
   static constexpr int value = N;
@@ -59,12 +71,12 @@ class TileAttention {
  public:
   static constexpr int P = kParts<T>;
 
-  // `rows` in all, in tiles of 32.
-  TileAttention(int dim, int v_dim, float scale_log2, int rows)
+  // `rows` in all, in tiles of 32; blocks of keys that divide, or are divided by, `key_step` if possible.
+  TileAttention(int dim, int v_dim, float scale_log2, int rows, int key_step = kTileDepth)
       : dim_(dim),
         v_dim_(v_dim),
         scale_(set1(scale_log2)),
-        keys_(block_keys(dim, v_dim, rows)),
+        keys_(in_step(block_keys(dim, v_dim, rows), key_step)),
         q_{static_cast<int>(ceil_div(dim, kTileDepth))},
         v_{keys_ / kTileDepth} {}
 
@@ -125,19 +137,19 @@ class TileAttention {
     }
   }
 
-  // row(i) gives where row i < count of the result goes; lse(i, natural logarithm). A row of no weight gives zeros.
+  // out(i) gives where row i < count of the result goes; lse(i, natural logarithm). A row of no weight gives zeros. The
+  // logit of a sink joins every row.
   template <class Out, class Lse>
-  void finish(const AttentionRows& rows, int count, const Out& out, const Lse& lse) const {
+  void finish(const AttentionRows& rows, int count, const Out& out, const Lse& lse, float sink = -kInfinity) const {
     for (int i = 0; i < count; i++) {
-      const float sum = reduce_add(load(rows.sums + i * W));
-      const bool nothing = sum == 0;
-      const VF factor = set1(nothing ? 0 : 1 / sum);
+      const RowEnd end = end_row(rows.reference[i], reduce_add(load(rows.sums + i * W)), sink);
+      const VF factor = set1(end.factor);
       auto* to = out(i);
       read_row(rows, i, [&](int d, VF value) {
-        if (nothing) value = VF{};
+        if (end.nothing) value = VF{};
         d + W <= v_dim_ ? store(to + d, value * factor) : store(to + d, value * factor, v_dim_ - d);
       });
-      lse(i, nothing ? -kInfinity : static_cast<float>((rows.reference[i] + __builtin_log2(sum)) * 0.6931471805599453));
+      lse(i, end.lse);
     }
   }
 
@@ -157,6 +169,10 @@ class TileAttention {
     const int64_t key_bytes = P * (round_up(dim, kTileDepth) + round_up(v_dim, kTileDepth)) * sizeof(Packed);
     const int64_t keys = 32 * 1024 / key_bytes / kTileDepth * kTileDepth;
     return static_cast<int>(min_of<int64_t>(kMaxBlockKeys, max_of<int64_t>(kTileDepth, keys)));
+  }
+  static int in_step(int keys, int step) {
+    while (keys > kTileDepth && keys % step != 0 && step % keys != 0) keys -= kTileDepth;
+    return keys;
   }
   int64_t key_size() const { return q_.at(keys_ / kTileRows, 0, 0); }
   int64_t value_size() const { return v_.at(columns() / kTileRows, 0, 0); }
@@ -207,8 +223,8 @@ class TileAttention {
     const VF reference = set1(tile.reference[i]);
     VF sum_low = {}, sum_high = {}, peak_low = set1(kLowestReference), peak_high = peak_low;
     for (int key = 0; key < end; key += kTileDepth, to += kTileSize) {
-      VF low = visible.hide(load(scores + key) * scale_ - reference, i, key);
-      VF high = visible.hide(load(scores + key + W) * scale_ - reference, i, key + W);
+      VF low = seen_score(visible, load(scores + key) * scale_, reference, i, key);
+      VF high = seen_score(visible, load(scores + key + W) * scale_, reference, i, key + W);
       peak_low = max(peak_low, low);
       peak_high = max(peak_high, high);
       low = fast_exp2(low);
@@ -216,7 +232,7 @@ class TileAttention {
       sum_low += low;
       sum_high += high;
       Halves parts[P];
-      split(low, high, parts);
+      split(met_weight(visible, low, i, key), met_weight(visible, high, i, key + W), parts);
 #pragma GCC unroll 4
       for (int p = 0; p < P; p++) _mm512_store_si512(to + v_.at(0, p, 0), parts[p]);
     }
@@ -239,7 +255,8 @@ class TileAttention {
   template <class Visible>
   void raise_reference(AttentionRows& tile, int i, const float* scores, int end, const Visible& visible) const {
     VF peak = set1(tile.reference[i]);
-    for (int key = 0; key < end; key += W) peak = max(peak, visible.hide(load(scores + key) * scale_, i, key));
+    for (int key = 0; key < end; key += W)
+      peak = max(peak, seen_score(visible, load(scores + key) * scale_, VF{}, i, key));
     const float after = reduce_max(peak);
     const VF factor = exp2(set1(tile.reference[i]) - set1(after));
     tile.reference[i] = after;

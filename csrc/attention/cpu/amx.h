@@ -1,8 +1,8 @@
 // Forward on AMX tiles: rows are queries, so that scores, weights and outputs stand as the tile unit leaves them, and
 // statistics are per row. Keys and values of a block are packed once for all queries of a task.
 #pragma once
+#include "attention/cpu/amx_rules.h"
 #include "attention/cpu/forward.h"
-#include "common/tile_attention.h"
 
 namespace tilewise {
 namespace {
@@ -29,61 +29,140 @@ struct BlockPlan {
   }
 };
 
+// The same under rules: rows from `row`, keys from `key` of the sequence on.
+struct RuledPlan {
+  const HeadRules& rules;
+  int64_t row, key;
+  int queries, count;
+  int32_t* kept;  // [kKeptWords]
+  Sight sights[kTaskTiles];
+
+  RuledPlan(const HeadRules& rules, int64_t row, int64_t key, int queries, int count, int32_t* kept)
+      : rules(rules), row(row), key(key), queries(queries), count(count), kept(kept) {
+    for (int t = 0; t * kTileQueries < queries; t++) {
+      const int64_t first = row + t * kTileQueries;
+      sights[t] = rules.over(first, first + rows(t) - 1, key, key + count);
+    }
+  }
+
+  int rows(int t) const { return min_of(kTileQueries, queries - t * kTileQueries); }
+  int keys(int t) const { return sights[t] == Sight::none ? 0 : count; }
+  template <class F>
+  void see(int t, const F& f) const {
+    const bool masked = sights[t] != Sight::all || rules.adds() || count % kTileDepth != 0;
+    if (!masked && !rules.changes_scores() && !rules.drops()) return f(SeesAll());
+    const int64_t first = row + t * kTileQueries;
+    if (rules.drops())
+      for (int j = 0; j < count; j += 32) kept_bits(rules, first, key + j, kept + j / 32 * kKeptRows);
+    f(Ruled{rules, first, key, masked, kept});
+  }
+};
+
+// kTaskQueries queries, at most, of one head of a sequence, from `begin` on.
+template <class T>
+struct ForwardTilesTask {
+  const ForwardParams& p;
+  const Sequence& seq;
+  int64_t head;
+  int begin, queries;
+  TileAttention<T> attention;
+  AttentionRows rows[kTaskTiles];
+
+  ForwardTilesTask(const ForwardParams& p, const Sequence& seq, int64_t head, int begin)
+      : p(p),
+        seq(seq),
+        head(head),
+        begin(begin),
+        queries(min_of(kTaskQueries, seq.queries - begin)),
+        attention(p.dim, p.v_dim, static_cast<float>(p.scale * kLog2e), queries,
+                  p.rules.blocks ? p.rules.block_k : kTileDepth) {}
+
+  int tiles() const { return static_cast<int>(ceil_div(queries, kTileQueries)); }
+  int queries_of(int t) const { return min_of(kTileQueries, queries - t * kTileQueries); }
+  int64_t query_size() const { return attention.query_size(kTileQueries); }  // of one tile, as the next
+  int64_t state_size() const { return kTileQueries * (attention.columns() + W + 1); }
+  int64_t bytes() const {
+    return attention.bytes(tiles()) + tiles() * (query_size() * sizeof(Packed) + state_size() * sizeof(float));
+  }
+
+  auto rows_of(const void* base, const Strides& strides, int64_t at_head, int64_t first) const {
+    const T* row = row_of<const T>(base, strides, seq.batch, at_head, first);
+    return [row, step = strides.row](int64_t i) { return row + i * step; };
+  }
+
+  void load_tiles(char* memory) {
+    attention.use(memory);
+    Packed* packed = reinterpret_cast<Packed*>(memory + attention.bytes(tiles()));
+    float* state = reinterpret_cast<float*>(packed + tiles() * query_size());
+    fill(state, tiles() * state_size(), 0);
+    for (int t = 0; t < tiles(); t++, state += state_size(), packed += query_size()) {
+      float *out = state, *sums = out + kTileQueries * attention.columns();
+      rows[t] = {packed, out, sums, sums + kTileQueries * W, false};
+      attention.pack_queries(packed, rows_of(p.q, p.q_strides, head, seq.q_row + begin + t * kTileQueries),
+                             queries_of(t), kTileQueries);
+    }
+  }
+
+  template <class Plan>
+  void attend(int64_t key, int count, const Plan& plan) {
+    const int64_t kv_head = head / (p.q_heads / p.kv_heads);
+    attention.add_block(rows, tiles(), rows_of(p.k, p.k_strides, kv_head, seq.k_row + key),
+                        rows_of(p.v, p.v_strides, kv_head, seq.k_row + key), count, plan);
+  }
+
+  void attend_all() {
+    const int64_t diagonal = diagonal_of(p, seq);
+    const int64_t end = max_of<int64_t>(0, min_of<int64_t>(seq.keys, begin + queries + diagonal));
+    for (int64_t key = 0; key < end; key += attention.keys()) {
+      const int count = static_cast<int>(min_of<int64_t>(attention.keys(), end - key));
+      attend(key, count, BlockPlan{begin + diagonal - key + 1, queries, count});
+    }
+  }
+
+  void attend_ruled(const HeadRules& rules) {
+    int32_t kept[kKeptWords];
+    const int64_t last = begin + queries - 1, block = attention.keys();
+    for (int64_t key = 0; (key = rules.next_seen(begin, last, key)) < seq.keys; key += block) {
+      key = key / block * block;
+      const int count = static_cast<int>(min_of<int64_t>(block, seq.keys - key));
+      attend(key, count, RuledPlan(rules, begin, key, queries, count, kept));
+    }
+  }
+
+  bool finite() const {
+    for (int t = 0; t < tiles(); t++)
+      if (!attention.finite(rows[t], queries_of(t))) return false;
+    return true;
+  }
+
+  void store_tiles(float sink) const {
+    const Strides statistics = statistics_strides(p);
+    for (int t = 0; t < tiles(); t++) {
+      const int row = begin + t * kTileQueries;
+      float* lse = row_of<float>(p.lse, statistics, seq.batch, head, seq.q_row + row);
+      T* out = row_of<T>(p.out, p.out_strides, seq.batch, head, seq.q_row + row);
+      attention.finish(
+          rows[t], queries_of(t), [&](int i) { return out + i * p.out_strides.row; },
+          [&](int i, float value) { lse[i] = value; }, sink);
+    }
+  }
+};
+
 template <class T>
 bool forward_tiles_task(const ForwardParams& p, const Runtime& rt, int64_t b, int64_t head, int64_t block) {
   const Sequence seq = sequence_of(p, b);
   const int begin = static_cast<int>(block) * kTaskQueries;
   if (begin >= seq.queries) return true;
-  if (seq.queries < kMinTileQueries || !causal_or_dense(p.rules)) return forward_task<T>(p, rt, b, head, block);
-  const int queries = min_of(kTaskQueries, seq.queries - begin);
-  const int tiles = static_cast<int>(ceil_div(queries, kTileQueries));
-
-  TileAttention<T> attention(p.dim, p.v_dim, static_cast<float>(p.scale * kLog2e), queries);
-  const int64_t q_size = attention.query_size(kTileQueries);  // of one tile, as the next
-  const int64_t state_size = kTileQueries * (attention.columns() + W + 1);
-  char* memory = scratch<char>(rt, kTaskScratch,
-                               attention.bytes(tiles) + tiles * (q_size * sizeof(Packed) + state_size * sizeof(float)));
+  if (seq.queries < kMinTileQueries) return forward_task<T>(p, rt, b, head, block);
+  ForwardTilesTask<T> task(p, seq, head, begin);
+  char* memory = scratch<char>(rt, kTaskScratch, task.bytes());
   if (!memory) return false;
-  attention.use(memory);
-  Packed* packed = reinterpret_cast<Packed*>(memory + attention.bytes(tiles));
-  float* state = reinterpret_cast<float*>(packed + tiles * q_size);
-  fill(state, tiles * state_size, 0);
-
-  const int64_t kv_head = head / (p.q_heads / p.kv_heads), diagonal = diagonal_of(p, seq);
-  auto rows_of = [&](const void* base, const Strides& strides, int64_t at_head, int64_t first) {
-    const T* row = row_of<const T>(base, strides, seq.batch, at_head, first);
-    return [row, step = strides.row](int64_t i) { return row + i * step; };
-  };
-  auto queries_of = [&](int t) { return min_of(kTileQueries, queries - t * kTileQueries); };
-  AttentionRows rows[kTaskTiles];
-  for (int t = 0; t < tiles; t++, state += state_size) {
-    float *out = state, *sums = out + kTileQueries * attention.columns();
-    rows[t] = {packed + t * q_size, out, sums, sums + kTileQueries * W, false};
-    attention.pack_queries(packed + t * q_size, rows_of(p.q, p.q_strides, head, seq.q_row + begin + t * kTileQueries),
-                           queries_of(t), kTileQueries);
-  }
-
+  task.load_tiles(memory);
   const TileScope scope;
-  const int64_t end = max_of<int64_t>(0, min_of<int64_t>(seq.keys, begin + queries + diagonal));
-  for (int64_t key = 0; key < end; key += attention.keys()) {
-    const int count = static_cast<int>(min_of<int64_t>(attention.keys(), end - key));
-    attention.add_block(rows, tiles, rows_of(p.k, p.k_strides, kv_head, seq.k_row + key),
-                        rows_of(p.v, p.v_strides, kv_head, seq.k_row + key), count,
-                        BlockPlan{begin + diagonal - key + 1, queries, count});
-  }
-
-  for (int t = 0; t < tiles; t++)
-    if (!attention.finite(rows[t], queries_of(t))) return forward_task<T>(p, rt, b, head, block);
-
-  const Strides statistics = statistics_strides(p);
-  for (int t = 0; t < tiles; t++) {
-    const int row = begin + t * kTileQueries;
-    float* lse = row_of<float>(p.lse, statistics, seq.batch, head, seq.q_row + row);
-    T* out = row_of<T>(p.out, p.out_strides, seq.batch, head, seq.q_row + row);
-    attention.finish(
-        rows[t], queries_of(t), [&](int i) { return out + i * p.out_strides.row; },
-        [&](int i, float value) { lse[i] = value; });
-  }
+  const HeadRules rules(p, seq, head);
+  causal_or_dense(p.rules) ? task.attend_all() : task.attend_ruled(rules);
+  if (!task.finite()) return forward_task<T>(p, rt, b, head, block);
+  task.store_tiles(rules.sink());
   return true;
 }
 

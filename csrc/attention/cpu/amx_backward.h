@@ -29,6 +29,33 @@ struct Pieces {
   }
 };
 
+// One score's place in a unit, and what its weight and gradient come from: in base 2, apart from dp and delta.
+struct ScoreTerms {
+  VF score, lse, lse_rest, dp, delta;
+  int row, key;
+};
+struct WeightAndGradient {
+  VF p, ds;
+};
+template <class Visible>
+TILEWISE_INLINE WeightAndGradient differentiate_score(const Visible& visible, const ScoreTerms& at) {
+  const VF weight = fast_exp2(visible.hide(at.score - at.lse - at.lse_rest, at.row, at.key));
+  return {weight, weight * (at.dp - at.delta)};
+}
+TILEWISE_INLINE WeightAndGradient differentiate_score(const Ruled& to, const ScoreTerms& at) {
+  VF score = at.score, slope = set1(1), dp = at.dp;
+  if (to.rules.caps()) score = to.rules.cap(score, slope);
+  // Above lse only by rounding, which is large where all scores of a row are.
+  const VF power = min(set1(1), to.add(score, at.row, at.key) - at.lse - at.lse_rest);
+  const VF weight = fast_exp2(power);
+  VF met = weight;
+  if (to.rules.drops()) {
+    met = to.keep(met, at.row, at.key);
+    dp = to.keep(dp, at.row, at.key);
+  }
+  return {met, weight * (dp - at.delta) * slope};
+}
+
 template <class T>
 class TileGradients {
  public:
@@ -38,6 +65,7 @@ class TileGradients {
       : b_(b),
         p_(b.forward),
         run_(run),
+        ruled_(!causal_or_dense(p_.rules)),
         dim_(static_cast<int>(round_up(p_.dim, kUnit))),
         v_dim_(static_cast<int>(round_up(p_.v_dim, kUnit))),
         chunk_keys_(static_cast<int>(min_of(chunk_keys(p_), round_up(run.keys, kBlockKeys)))),
@@ -105,6 +133,7 @@ class TileGradients {
   const BackwardParams& b_;
   const ForwardParams& p_;
   const KeyRun& run_;
+  bool ruled_;
   int dim_, v_dim_;  // whole units
   int chunk_keys_;
   TileLayout<P> by_dim_, by_v_dim_;
@@ -166,48 +195,128 @@ class TileGradients {
     const int tiles = static_cast<int>(ceil_div(count, kUnit));
     for (int t = 0; t < tiles; t++) pack_queries(t, head, begin + t * kUnit, min_of(kUnit, count - t * kUnit));
     fill(dq_, int64_t(tiles) * kUnit * dim_, 0);
+    if (ruled_)
+      add_ruled_keys(head, begin, count, first_key, keys);
+    else
+      add_keys(begin, count, first_key, keys);
+    store_queries(head, begin, count, first_key > 0);
+  }
+
+  void add_keys(int begin, int count, int first_key, int keys) {
     // Query i of the group sees the keys of the chunk below first + i.
     const int64_t first = begin + diagonal_of(p_, run_.seq) - run_.first_key - first_key + 1;
     const int64_t end = min_of<int64_t>(keys, first + count - 1);
     for (int key = 0; key < end; key += kBlockKeys)
-      add_block(count, first - key, key, static_cast<int>(min_of<int64_t>(kBlockKeys, end - key)));
-    store_queries(head, begin, count, first_key > 0);
+      add_block(count, key, static_cast<int>(min_of<int64_t>(kBlockKeys, end - key)), SeenByDiagonal{first - key});
   }
 
-  // One block: `keys` keys from `key` of the chunk on, of which query i of the group sees those below first + i.
-  void add_block(int count, int64_t first, int key, int keys) {
+  void add_ruled_keys(int64_t head, int begin, int count, int first_key, int keys) {
+    const HeadRules rules(p_, run_.seq, head);
+    const int64_t start = run_.first_key + first_key, end = start + keys;
+    for (int64_t key = start; (key = rules.next_seen(begin, begin + count - 1, key)) < end; key += kBlockKeys) {
+      key -= (key - start) % kBlockKeys;
+      const int at = static_cast<int>(key - start);
+      add_block(count, at, min_of(kBlockKeys, keys - at), SeenByRules{rules, begin, key});
+    }
+  }
+
+  // Query i of the group sees the keys of the block below first + i.
+  struct SeenByDiagonal {
+    int64_t first;
+    Sight operator()(int t, int rows, int u, int) const {
+      return first + t * kUnit + rows - 1 > u * kUnit ? Sight::some : Sight::none;
+    }
+    template <class F>
+    void see(int t, int u, int keys, Sight, const F& f) const {
+      const int64_t from = first + t * kUnit - u * kUnit;
+      if (from >= kUnit && keys == kUnit)
+        f(SeesAll());
+      else
+        f(SeesUpTo{from, keys});
+    }
+  };
+  // Of the group from `row` on and the block from `key` on.
+  struct SeenByRules {
+    const HeadRules& rules;
+    int64_t row, key;
+    Sight operator()(int t, int rows, int u, int keys) const {
+      const int64_t first = row + t * kUnit, from = key + u * kUnit;
+      return rules.over(first, first + rows - 1, from, from + keys);
+    }
+    template <class F>
+    void see(int t, int u, int keys, Sight sight, const F& f) const {
+      const bool masked = sight != Sight::all || rules.adds() || keys < kUnit;
+      if (!masked && !rules.changes_scores() && !rules.drops()) return f(SeesAll());
+      int32_t kept[kKeptRows];
+      if (rules.drops()) kept_bits(rules, row + t * kUnit, key + u * kUnit, kept);
+      f(Ruled{rules, row + t * kUnit, key + u * kUnit, masked, kept});
+    }
+  };
+
+  // One block: `keys` keys from `key` of the chunk on; seen(t, rows, u, keys) says what tile t sees of unit u.
+  template <class Seen>
+  void add_block(int count, int key, int keys, const Seen& seen) {
     const int tiles = static_cast<int>(ceil_div(count, kUnit)), units = static_cast<int>(ceil_div(keys, kUnit));
-    int sighted[kBlockUnits];  // the first tile that sees the unit
-    for (int& t : sighted) t = tiles;
-    for (int t = 0; t < tiles; t++) {
-      const int64_t end = min_of<int64_t>(keys, first + min_of((t + 1) * kUnit, count) - 1);
-      const int seen = end > 0 ? static_cast<int>(ceil_div(end, kUnit)) : 0;
-      for (int u = 0; u < seen; u++) {
-        sighted[u] = min_of(sighted[u], t);
-        add_unit(t, u, first + t * kUnit - u * kUnit, key + u * kUnit, min_of(kUnit, keys - u * kUnit));
+    auto keys_of = [&](int u) { return min_of(kUnit, keys - u * kUnit); };
+    Sight sights[kGroupTiles][kBlockUnits];
+    Extent of_tile[kGroupTiles], of_unit[kBlockUnits];  // units that a tile sees, tiles that see a unit
+    for (int t = 0; t < tiles; t++)
+      for (int u = 0; u < units; u++) {
+        sights[t][u] = seen(t, min_of(kUnit, count - t * kUnit), u, keys_of(u));
+        if (sights[t][u] == Sight::none) continue;
+        of_tile[t].include(u);
+        of_unit[u].include(t);
       }
-      if (seen > 0)
-        multiply_columns<P, 2>(run_of(ds_left_, kByKey, 0), k_rows_ + key / kBlockKeys * k_rows_size(), kByKey,
-                               dim_ / kTileRows, seen, dq_ + t * kUnit * dim_, dim_, true);
+    for (int t = 0; t < tiles; t++) {
+      for (int u = 0; u < units; u++) {
+        if (sights[t][u] == Sight::none) {
+          if (of_tile[t].has(u) || of_unit[u].has(t)) clear_unit(t, u);
+          continue;
+        }
+        multiply_unit(t, key + u * kUnit);
+        seen.see(t, u, keys_of(u), sights[t][u], [&](const auto& visible) { differentiate(t, u, visible); });
+      }
+      add_dq(t, of_tile[t], key);
     }
     for (int u = 0; u < units; u++) {
       const int64_t at = key + u * kUnit;
-      add_turned(dout_turned_, p_right_, u, sighted[u], tiles, dv_ + at * v_dim_, v_dim_);
-      add_turned(q_turned_, ds_right_, u, sighted[u], tiles, dk_ + at * dim_, dim_);
+      add_turned(dout_turned_, p_right_, u, of_unit[u], dv_ + at * v_dim_, v_dim_);
+      add_turned(q_turned_, ds_right_, u, of_unit[u], dk_ + at * dim_, dim_);
     }
   }
 
-  // P and dS of tile t of the group and unit u of the block, which starts at `key` of the chunk and has `count` keys;
-  // query i of the tile sees those below first + i.
-  void add_unit(int t, int u, int64_t first, int key, int count) {
+  struct Extent {
+    int begin = 0, end = 0;
+    void include(int i) {
+      if (begin == end) begin = i;
+      end = i + 1;
+    }
+    bool has(int i) const { return begin <= i && i < end; }
+  };
+
+  // S and dP of tile t of the group and the unit of keys that starts at `key` of the chunk.
+  void multiply_unit(int t, int key) const {
     multiply_packed<P, 2, 2>(run_of(q_, by_dim_, 2 * t), run_of(k_, by_dim_, key / kTileRows), by_dim_.steps, scores_,
                              kUnit, false);
     multiply_packed<P, 2, 2>(run_of(dout_, by_v_dim_, 2 * t), run_of(v_, by_v_dim_, key / kTileRows), by_v_dim_.steps,
                              dp_, kUnit, false);
-    if (first >= kUnit && count == kUnit)
-      differentiate(t, u, SeesAll());
-    else
-      differentiate(t, u, SeesUpTo{first, count});
+  }
+
+  void add_dq(int t, const Extent& units, int key) const {
+    if (units.begin == units.end) return;
+    const Packed* k = k_rows_ + key / kBlockKeys * k_rows_size() + units.begin * kTileSize;
+    multiply_columns<P, 2>(run_of(ds_left_ + units.begin * kTileSize, kByKey, 0), k, kByKey, dim_ / kTileRows,
+                           units.end - units.begin, dq_ + t * kUnit * dim_, dim_, true);
+  }
+
+  // What an unseen unit leaves between seen ones.
+  void clear_unit(int t, int u) const {
+    const Halves nothing[2][P] = {};
+    for (int i = 0; i < kTileRows; i++) {
+      store_pairs(p_right_, t, u, i, nothing);
+      store_pairs(ds_right_, t, u, i, nothing);
+      store_rows(u, i, nothing);
+    }
   }
 
   template <class Visible>
@@ -218,21 +327,25 @@ class TileGradients {
 #pragma GCC unroll 4
       for (int at = 0; at < 4; at++) {
         const int row = i + at / 2 * kTileRows, column = at % 2 * W, query = t * kUnit + row;
-        VF power = load(scores_ + row * kUnit + column) * scale - lse_[query];
-        if (P == 3) power -= lse_rest_[query];
-        const VF weight = fast_exp2(visible.hide(power, row, column));
-        p[at / 2][at % 2] = weight;
-        ds[at / 2][at % 2] = weight * (load(dp_ + row * kUnit + column) - delta_[query]);
+        const WeightAndGradient found =
+            differentiate_score(visible, {load(scores_ + row * kUnit + column) * scale, set1(lse_[query]),
+                                          P == 3 ? set1(lse_rest_[query]) : VF{}, load(dp_ + row * kUnit + column),
+                                          set1(delta_[query]), row, column});
+        p[at / 2][at % 2] = found.p;
+        ds[at / 2][at % 2] = found.ds;
       }
       Halves rows[2][P], pairs[2][P];
       split_square(p, rows, pairs);
       store_pairs(p_right_, t, u, i, pairs);
       split_square(ds, rows, pairs);
       store_pairs(ds_right_, t, u, i, pairs);
-#pragma GCC unroll 6
-      for (int at = 0; at < 2 * P; at++)
-        _mm512_store_si512(ds_left_ + kByKey.at(at / P, at % P, u) + i * kTileDepth, rows[at / P][at % P]);
+      store_rows(u, i, rows);
     }
+  }
+  TILEWISE_INLINE void store_rows(int u, int i, const Halves (&rows)[2][P]) const {
+#pragma GCC unroll 6
+    for (int at = 0; at < 2 * P; at++)
+      _mm512_store_si512(ds_left_ + kByKey.at(at / P, at % P, u) + i * kTileDepth, rows[at / P][at % P]);
   }
   TILEWISE_INLINE static void store_pairs(Packed* to, int t, int u, int i, const Halves (&pairs)[2][P]) {
 #pragma GCC unroll 6
@@ -240,13 +353,13 @@ class TileGradients {
       _mm512_store_si512(to + kByQuery.at(2 * u + at / P, at % P, t) + i * kTileDepth, pairs[at / P][at % P]);
   }
 
-  // c[d][key of unit u] += sum over the queries of tiles [first, end) of left[d][query] * right[query][key].
-  static void add_turned(const Packed* left, const Packed* right, int u, int first, int end, float* c, int dim) {
-    const Packed *from = left + first * kTileSize, *weights = right + first * kTileSize;
-    if (first < end)
+  // c[d][key of unit u] += sum over the queries of `tiles` of left[d][query] * right[query][key].
+  static void add_turned(const Packed* left, const Packed* right, int u, const Extent& tiles, float* c, int dim) {
+    const Packed *from = left + tiles.begin * kTileSize, *weights = right + tiles.begin * kTileSize;
+    if (tiles.begin < tiles.end)
       for (int d = 0; d < dim; d += kUnit)
-        multiply_packed<P, 2, 2>(run_of(from, kByQuery, d / kTileRows), run_of(weights, kByQuery, 2 * u), end - first,
-                                 c + d * kUnit, kUnit, true);
+        multiply_packed<P, 2, 2>(run_of(from, kByQuery, d / kTileRows), run_of(weights, kByQuery, 2 * u),
+                                 tiles.end - tiles.begin, c + d * kUnit, kUnit, true);
   }
 
   // The columns [d, d + 32) of a row, n of which exist.
@@ -301,7 +414,7 @@ template <class T>
 const char* backward_tiles(const BackwardParams& b, const Runtime& rt) {
   const Split split = split_keys(b.forward, kBlockKeys);
   const bool chunks = split.keys > TileGradients<T>::chunk_keys(b.forward);
-  return run_backward<T>(b, rt, split, chunks, [&](const KeyRun& run) {
+  const char* failure = run_backward<T>(b, rt, split, chunks, [&](const KeyRun& run) {
     if (run.seq.queries < kMinTileQueries) return backward_task<T>(b, rt, run);
     TileGradients<T> gradients(b, run);
     char* memory = scratch<char>(rt, kTaskScratch, gradients.bytes());
@@ -309,10 +422,10 @@ const char* backward_tiles(const BackwardParams& b, const Runtime& rt) {
     gradients.use(memory);
     return gradients.compute() || backward_task<T>(b, rt, run);
   });
+  return failure ? failure : option_gradients<T>(b, rt);
 }
 
 const char* backward_on_tiles(const BackwardParams& b, const Runtime& rt) {
-  if (!causal_or_dense(b.forward.rules)) return backward(b, rt);
   return for_type(b.forward.type, [&](auto type) { return backward_tiles<decltype(type)>(b, rt); });
 }
 

@@ -2,6 +2,7 @@
 // base 2: the scale times log2(e) is folded into the packed queries.
 #pragma once
 #include "attention/cpu/ruled.h"
+#include "common/softmax.h"
 
 namespace tilewise {
 namespace {
@@ -168,20 +169,6 @@ inline void attend_ruled(const ForwardParams& p, const HeadRules& rules, const P
   if (exceeds(tile, s, at.vectors())) raise_reference(tile, s, at.vectors(), p.v_dim);
   for (const Region& r : regions) exponentiate(rules, r, at, tile.reference, s.probabilities, s.block_sum);
   add_values(p, tile, s, v, regions, at.vectors());
-}
-
-// What a row's sum, which the sink joins, comes to.
-struct RowEnd {
-  bool nothing;
-  float factor, lse;  // of out; natural logarithm
-};
-inline RowEnd end_row(float reference, float sum, float sink) {
-  if (sum == 0) return {true, 0, sink};
-  if (sink == -kInfinity) return {false, 1 / sum, static_cast<float>((reference + __builtin_log2(sum)) * kLn2)};
-  // Relative to the higher of reference and sink nothing overflows, however far apart they are.
-  const double sink_log2 = sink * kLog2e, top = max_of<double>(reference, sink_log2);
-  const double weight = __builtin_exp2(reference - top), total = sum * weight + __builtin_exp2(sink_log2 - top);
-  return {false, static_cast<float>(weight / total), static_cast<float>((top + __builtin_log2(total)) * kLn2)};
 }
 
 // Normalises `count` queries of a tile and writes them; the first `blind` of them see no key at all.

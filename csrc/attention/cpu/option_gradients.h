@@ -73,8 +73,7 @@ struct BiasGradientTask {
   void write(U* dbias) const {
     const Range rows = range(2, b.dbias_sizes[2], kLanes), keys = range(3, b.dbias_sizes[3], block);
     const int row_count = static_cast<int>(rows.end - rows.begin), key_count = static_cast<int>(keys.end - keys.begin);
-    if (shared(3))
-      for (int i = kLanes; i < block * kLanes; i += W) store(sum + i % kLanes, load(sum + i % kLanes) + load(sum + i));
+    if (shared(3)) add_keys_up();
     if (shared(2))
       for (int key = 0; key < key_count; key++) sum[key * kLanes] = lane_sum(sum + key * kLanes);
     float ones[kLanes];
@@ -82,6 +81,13 @@ struct BiasGradientTask {
     const int64_t heads = b.dbias_sizes[1], row_size = b.dbias_sizes[3];
     const int64_t row = (at[0] * heads + at[1]) * b.dbias_sizes[2] + rows.begin;
     unpack_tile(dbias + row * row_size + keys.begin, row_size, sum, row_count, key_count, ones);
+  }
+  // Into the first, by halves: short chains of roundings.
+  void add_keys_up() const {
+    for (int count = block; count > 1; count = (count + 1) / 2) {
+      const int kept = (count + 1) / 2 * kLanes;
+      for (int i = 0; i < count / 2 * kLanes; i += W) store(sum + i, load(sum + i) + load(sum + kept + i));
+    }
   }
   static float lane_sum(const float* lanes) {
     VF total = {};

@@ -115,7 +115,7 @@ class KeptLanes {
       group_ = key / 8;
       rules_.random(at_.row + lane_, at_.key + group_ * 8, words_);
     }
-    return rules_.kept(words_, key % 8);
+    return select(rules_.keeps(words_, key % 8), set1(rules_.keep_scale()), VF{});
   }
 
  private:

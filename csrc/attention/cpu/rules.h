@@ -96,6 +96,14 @@ class HeadRules {
     return min_of(key, keys_);
   }
 
+  // What rows [first, last] see of the keys [key, end).
+  Sight over(int64_t first, int64_t last, int64_t key, int64_t end) const {
+    const Span start = look(first, last, key);
+    Span span = start;
+    while (span.sight == start.sight && span.end < end) span = look(first, last, span.end);
+    return span.sight == start.sight ? span.sight : Sight::some;
+  }
+
   // What is added to the scores of a row and the keys [key, key + W), -inf where hidden; key is a multiple of W. Keys
   // that do not exist are hidden; rows may be asked for that do not exist.
   TILEWISE_INLINE VF add(int64_t row, int64_t key) const {
@@ -123,11 +131,11 @@ class HeadRules {
   TILEWISE_INLINE void random(int64_t row, int64_t key, VU (&words)[4]) const {
     random_.words(VU{} + uint32_t(key / 8), (VU)iota() + uint32_t(row), VU{} + head_, words);
   }
-  // What dropout multiplies the weights of key i of these eight by.
-  TILEWISE_INLINE VF kept(const VU (&words)[4], int i) const {
-    const VI bits = (VI)(words[i / 2] >> (i % 2 * 16) & 0xffff);
-    return select(bits >= set1i(r_.dropout_threshold), set1(keep_scale_), VF{});
+  // Whether dropout keeps the weights of key i of these eight, and what it multiplies those it keeps by.
+  TILEWISE_INLINE VI keeps(const VU (&words)[4], int i) const {
+    return (VI)(words[i / 2] >> (i % 2 * 16) & 0xffff) >= set1i(r_.dropout_threshold);
   }
+  float keep_scale() const { return keep_scale_; }
 
  private:
   const Rules& r_;
