@@ -29,17 +29,13 @@ class Shape:
         return f"b{self.batch}-h{self.heads}:{self.kv_heads}-s{self.queries}x{self.keys}-d{self.dim}x{self.v_dim}"
 
     def on(self, device):
-        """The shape, reduced to what a device's kernels serve, and to what an emulated one runs in a moment."""
-        if device.kind == "cpu":
+        """The shape, reduced to what an emulated device runs in a moment."""
+        if device.kind != "emulated":
             return self
-        dim = 64 if self.dim < 128 else 128
-        served = replace(self, dim=dim, v_dim=dim)
-        if device.kind == "cuda":
-            return served
         heads = 2 if self.heads > self.kv_heads > 0 else min(self.heads, 1)
-        most = 70 if dim == 64 else 40
+        most = 70 if self.dim <= 64 else 40
         return replace(
-            served,
+            self,
             batch=min(self.batch, 1),
             heads=heads,
             kv_heads=min(self.kv_heads, 1),

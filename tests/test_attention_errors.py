@@ -48,16 +48,6 @@ def test_errors(device, error, message, changes):
         tw.attention(*tensors(device, **changes))
 
 
-def test_head_dims_on_cuda(device):
-    """What CUDA does not serve is an error there, never another path."""
-    q, k, v = (torch.zeros(1, 1, 4, 32, device=device.torch) for _ in range(3))
-    if device.kind == "cpu":
-        assert tw.attention(q, k, v).shape == q.shape
-    else:
-        with pytest.raises(NotImplementedError, match="expected 64 or 128 on CUDA"):
-            tw.attention(q, k, v)
-
-
 def test_bad_outputs(device):
     q, k, v = tensors(device)
     out, lse = torch.empty_like(q), torch.empty(1, 4, 5, device=device.torch)

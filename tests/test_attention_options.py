@@ -33,7 +33,7 @@ def block_mask(shape, block_q, block_k):
     return {"blocks": blocks, "block_size": (block_q, block_k)}
 
 
-pytestmark = pytest.mark.devices("cpu")
+
 
 # name -> f(shape) -> (options as both sides take them, options that are tensors with gradients)
 OPTIONS = {

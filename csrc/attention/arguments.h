@@ -94,23 +94,11 @@ struct Arguments {
                    INT_MAX);
     head_dim(a.dim, "q");
     head_dim(c.dim, "v");
-    if (!host_checks_indices(q.device) && c.dim != a.dim)
-      check.fail(ErrorKind::not_implemented, "v", "has head dim %ld, expected %ld (q's) on CUDA", c.dim, a.dim);
-  }
-
-  // What the kernels of this device lack.
-  void served(const ForwardParams& p) const {
-    if (!host_checks_indices(q.device) && !causal_or_dense(p.rules))
-      check.fail(ErrorKind::not_implemented, "options", "go beyond causal, expected none on this device");
   }
 
   void head_dim(int64_t d, const char* name) const {
-    if (host_checks_indices(q.device)) {
-      if (d < 1 || d > kMaxHeadDim)
-        check.fail(ErrorKind::not_implemented, name, "has head dim %ld, expected 1 to %d", d, kMaxHeadDim);
-    } else if (d != 64 && d != 128) {
-      check.fail(ErrorKind::not_implemented, name, "has head dim %ld, expected 64 or 128 on CUDA", d);
-    }
+    if (d < 1 || d > kMaxHeadDim)
+      check.fail(ErrorKind::not_implemented, name, "has head dim %ld, expected 1 to %d", d, kMaxHeadDim);
   }
 };
 

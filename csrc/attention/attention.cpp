@@ -126,7 +126,6 @@ void run_forward(const char* operation, const Tensor& q, const Tensor& k, const 
   ForwardParams p = forward_params(q, k, v, out, lse, options);
   if (sequences) pack(a, *sequences, p);
   p.rules = rules_of(a, options, p, sequences);
-  a.served(p);
   if (!nothing_to_do(p)) run_kernel(operation, kKernels, q.device, &Kernels::forward, p, stream);
 }
 
@@ -158,7 +157,6 @@ void run_backward(const char* operation, const Tensor& dout, const Tensor* dlse,
   p.forward = forward_params(q, k, v, out, lse, options);
   if (sequences) pack(a, *sequences, p.forward);
   p.forward.rules = rules_of(a, options, p.forward, sequences);
-  a.served(p.forward);
   option_gradients(a, options, wanted, p);
   p.dout = dout.data, p.dq = dq.data, p.dk = dk.data, p.dv = dv.data;
   p.dout_strides = view_of(dout).strides, p.dq_strides = view_of(dq).strides;

@@ -9,7 +9,7 @@ from tilewise.reference import attention as reference
 
 FORWARD, BACKWARD = "attention/cuda/forward.h", "attention/cuda/backward.h"
 TILE, FLOAT_TILE = "attention/cuda/tile.h", "attention/cuda/float_tile.h"
-SOFTMAX, MASK = "attention/cuda/softmax.h", "attention/cuda/mask.h"
+SOFTMAX, MASK, SEQUENCE = (f"attention/cuda/{name}.h" for name in ("softmax", "mask", "sequence"))
 HOPPER = "attention/cuda/forward_sm90.h"
 KEYS_ARRIVED = "    cp_async_wait<0>();\n    sync_block();  // the keys have arrived"
 STAGED = "  sync_warp();\n  constexpr int kChunks"
@@ -17,16 +17,16 @@ STAGED_BY_GROUP = "    fence_proxy_async();\n    bar_sync(kGroup + group, 128);"
 SCORES_ARRIVED = "    wgmma_wait<1>(scores);\n    release(k_empty);"
 SCORES_RELEASED_EARLY = "    release(k_empty);\n    wgmma_wait<1>(scores);"
 WEIGHTS_EARLY = "    to_weights(weights, scores);\n    wgmma_wait<0>(out);\n    if (c.adding)"
-NEXT_TILE = "        at = at.next(begin, seq.q_len);\n        cp_async_wait<0>();\n"
+NEXT_TILE = "        at.advance(later, first);\n        cp_async_wait<0>();\n"
 
 MUTATIONS = [
     Mutation("keys_not_awaited", FORWARD, KEYS_ARRIVED, KEYS_ARRIVED.replace("    cp_async_wait<0>();\n", ""), "plain"),
     Mutation("values_reused_early", FORWARD, "    sync_block();  // the keys have arrived", "    //", "race"),
     Mutation("keys_reused_early", FORWARD, "    sync_block();  // the values have arrived", "    //", "race"),
-    Mutation("mask_dropped", FORWARD, "if (Masked) hide(", "if (false) hide(", "plain"),
-    Mutation("tail_key_seen", FORWARD, "if (8 * j + e >= limit)", "if (8 * j + e > limit)", "plain"),
+    Mutation("mask_dropped", FORWARD, "adjust_keys<T, Masked>", "adjust_keys<T, false>", "plain"),
+    Mutation("tail_key_seen", MASK, "if (8 * j + e >= limit)", "if (8 * j + e > limit)", "plain"),
     Mutation("causal_too_short", MASK, "min_of(k_len, query + shift() + 1)", "min_of(k_len, query + shift())", "plain"),
-    Mutation("heads_mixed", FORWARD, "head / (p.q_heads / p.kv_heads)", "head % p.kv_heads", "plain"),
+    Mutation("heads_mixed", SEQUENCE, "head / (p.q_heads / p.kv_heads)", "head % p.kv_heads", "plain"),
     Mutation("not_rescaled", SOFTMAX, "    if (outgrown) raise(top, acc);\n", "", "plain"),
     Mutation(
         "lse_in_base_2", SOFTMAX, "(max[i][h] + log2_approx(total)) * kLn2", "max[i][h] + log2_approx(total)", "plain"
@@ -35,7 +35,7 @@ MUTATIONS = [
     Mutation(
         "staging_not_synchronised", TILE, "  sync_warp();\n  constexpr int kChunks", "  constexpr int kChunks", "race"
     ),
-    Mutation("group_head_wrong", BACKWARD, "at = {kv_head * heads, begin}", "at = {kv_head, begin}", "plain"),
+    Mutation("group_head_wrong", BACKWARD, "at = {kv_head * heads,", "at = {kv_head,", "plain"),
     Mutation("stage_reused_early", BACKWARD, NEXT_TILE + "        sync_block();", NEXT_TILE, "race"),
     Mutation("delta_dropped", BACKWARD, "(ds[i][j][e] - d)", "ds[i][j][e]", "plain"),
     Mutation("blind_row_counted", BACKWARD, "lse == -INFINITY ? INFINITY : lse * kLog2e", "lse * kLog2e", "plain"),

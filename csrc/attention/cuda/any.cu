@@ -6,25 +6,37 @@
 namespace tilewise::attention {
 namespace {
 
+template <class K>
+const char* launch_rows(int rows, int heads, const BackwardParams& b, bool chunks, const Runtime& rt, int tile) {
+  const int tiles = ceil_div(rows, tile);
+  return launch_tiles<K>(tiles, heads, b.forward.batch, {b, tiles, chunks, rt.fault}, rt);
+}
+
 template <class T, int D>
 const char* launch_backward(const BackwardParams& b, bool chunks, const Runtime& rt) {
-  using Row = Delta<T, D>;
-  using Queries = AnyBackwardQueries<T, D>;
-  using Keys = AnyBackwardKeys<T, D>;
   const ForwardParams& p = b.forward;
-  const int rows = ceil_div(p.seq_q, Row::kRows), queries = ceil_div(p.seq_q, Queries::kQueries);
-  const int keys = ceil_div(p.seq_k, Keys::kKeys);
+  const auto keys = [&](auto part) {
+    using K = AnyBackwardKeys<T, D, static_cast<Part>(decltype(part)::value)>;
+    return launch_rows<K>(p.seq_k, p.kv_heads, b, chunks, rt, K::kKeys);
+  };
+  using Row = Delta<T>;
+  using Queries = AnyBackwardQueries<T, D>;
+  const int rows = ceil_div(p.seq_q, Row::kRows);
   const char* why = launch_tiles<Row>(rows, p.q_heads, p.batch, {b, rows, rt.fault}, rt);
-  if (!why) why = launch_tiles<Queries>(queries, p.q_heads, p.batch, {b, queries, chunks, rt.fault}, rt);
-  if (!why) why = launch_tiles<Keys>(keys, p.kv_heads, p.batch, {b, keys, chunks, rt.fault}, rt);
-  return why;
+  if (!why) why = launch_rows<Queries>(p.seq_q, p.q_heads, b, chunks, rt, Queries::kQueries);
+  if constexpr (D > 64) {
+    if (!why) why = keys(Number<static_cast<int>(Part::dk)>{});
+    return why ? why : keys(Number<static_cast<int>(Part::dv)>{});
+  } else {
+    return why ? why : keys(Number<static_cast<int>(Part::dk_dv)>{});
+  }
 }
 
 }  // namespace
 
 const char* forward_any(const ForwardParams& p, const Runtime& rt) {
   return select_any_type(p.type, [&](auto type) {
-    return select_dim(p.dim, [&](auto dim) {
+    return select_dim(padded_dim(p), [&](auto dim) {
       using K = AnyForward<TypeOf<decltype(type)>, decltype(dim)::value>;
       const int tiles = ceil_div(p.seq_q, K::kQueries);
       return launch_tiles<K>(tiles, p.q_heads, p.batch, {{p}, tiles, rows_aligned(p), rt.fault}, rt);
@@ -34,7 +46,7 @@ const char* forward_any(const ForwardParams& p, const Runtime& rt) {
 
 const char* backward_any(const BackwardParams& b, const Runtime& rt) {
   return select_any_type(b.forward.type, [&](auto type) {
-    return select_dim(b.forward.dim, [&](auto dim) {
+    return select_dim(padded_dim(b.forward), [&](auto dim) {
       return launch_backward<TypeOf<decltype(type)>, decltype(dim)::value>(b, rows_aligned(b), rt);
     });
   });

@@ -50,10 +50,11 @@ const char* launch_persistent(const ForwardParams& p, const Runtime& rt) {
   return launch<K>(dim3(static_cast<unsigned>(blocks)), a, rt.stream);
 }
 
-// Keys of a tile: as many as registers and shared memory hold.
+// Keys of a tile: as many as registers and shared memory hold. General adjusts 64 at most.
 template <int D, class Mask>
 constexpr int keys_of() {
-  return D == 256 ? 80 : D == 128 && !Mask::kLongestTileLast ? 176 : 128;
+  if (Mask::kGeneral) return D == 256 ? 32 : 64;
+  return D == 128 && !Mask::kLongestTileLast ? 176 : 128;
 }
 
 // Tensor maps step along every dimension: none of more than one element may stand still.
@@ -68,15 +69,15 @@ bool serves_sm90(const ForwardParams& p) {
   const bool packed = p.cu_seqlens_q;
   const int64_t batch = packed ? 1 : p.batch, q_rows = packed ? p.total_q : p.seq_q;
   const int64_t k_rows = packed ? p.total_k : p.seq_k;
-  return p.dim % 8 == 0 && p.v_dim % 8 == 0 && steps(p.q_strides, batch, p.q_heads, q_rows) &&
-         steps(p.k_strides, batch, p.kv_heads, k_rows) && steps(p.v_strides, batch, p.kv_heads, k_rows);
+  return steps(p.q_strides, batch, p.q_heads, q_rows) && steps(p.k_strides, batch, p.kv_heads, k_rows) &&
+         steps(p.v_strides, batch, p.kv_heads, k_rows);
 }
 
 const char* forward_sm90(const ForwardParams& p, const Runtime& rt) {
   return select_type16(p.type, [&](auto type) {
-    return select_dim(p.dim > p.v_dim ? p.dim : p.v_dim, [&](auto dim) {
-      return select_mask(p.causal, [&](auto tag) {
-        constexpr int D = decltype(dim)::value;
+    return select_dim(padded_dim(p), [&](auto dim) {
+      constexpr int D = decltype(dim)::value;
+      return select_mask<D>(p, [&](auto tag) {
         using Mask = TypeOf<decltype(tag)>;
         return launch_persistent<ForwardSm90<TypeOf<decltype(type)>, D, keys_of<D, Mask>(), Mask>>(p, rt);
       });

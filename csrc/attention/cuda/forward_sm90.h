@@ -1,11 +1,12 @@
 // FlashAttention-3 (Shah et al., arXiv:2407.08608) forward for fp16 and bf16 on sm_90a: TMA, mbarriers, wgmma, warp
 // specialisation, ping-pong, persistent blocks.
 //
-// A block is one producer warpgroup, of which one thread issues copies, and two consumer warpgroups of 64 queries each.
+// A block is one producer warpgroup, of which one warp issues copies, and two consumer warpgroups of 64 queries each.
 // A consumer issues Q K^T of a tile of keys and then P V of the tile before, so that its softmax runs beside P V and,
 // because the groups take turns at issuing, beside the products of the other group. Tiles of keys go downwards: those
 // that need masking come first.
 #pragma once
+#include "attention/cuda/general.h"
 #include "attention/cuda/mask.h"
 
 namespace tilewise::attention {
@@ -48,6 +49,7 @@ struct ForwardSm90 {
     alignas(8) uint64_t q_full[2], q_empty[2], k_full[kStages], k_empty[kStages], v_full[kStages], v_empty[kStages];
   };
   using Scores = float[kKeys / 2];  // of a thread: value i is in row lane / 4 + 8 (i / 2 % 2), column 8 (i / 4) + ...
+  using Fragment = float[1][kKeys / 8][4];  // the same as masks see them: rows of a warp by keys
   using Output = float[D / 2];
   using Weights = uint32_t[kKeys / 16][4];  // scores as A operand
 
@@ -59,64 +61,64 @@ struct ForwardSm90 {
     SIMT_DEVICE bool reused() const { return used >= kStages; }
   };
 
-  // A tile of queries; `tiles` of keys, -1: there are no such queries.
-  struct Work {
-    Sequence seq;
-    int head, first, tiles;
-  };
   SIMT_DEVICE static Work work_at(const Params& a, int index) {
     const ForwardParams& p = a.p;
     const int begin = index / (a.section * a.tiles) * a.section;
     const int heads = min_of(a.section, p.q_heads * p.batch - begin), place = index - begin * a.tiles;
-    const int head = begin + place % heads, tile = place / heads;
-    Work w;
-    w.head = head % p.q_heads;
-    w.first = (Mask::kLongestTileLast ? a.tiles - 1 - tile : tile) * kQueries;
-    w.seq = find_sequence(p, head / p.q_heads, a.fault);
-    const Mask mask{w.seq.q_len, w.seq.k_len};
-    w.tiles = w.first >= w.seq.q_len ? -1 : ceil_div(mask.key_end(w.first + kQueries), kKeys);
-    return w;
+    const int head = begin + place % heads, tile = place / heads, sequence = head / p.q_heads;
+    return {find_sequence(p, sequence, a.fault), sequence, head % p.q_heads,
+            (Mask::kLongestTileLast ? a.tiles - 1 - tile : tile) * kQueries};
+  }
+  // Tiles of keys go from this one down; -1: nobody sees a key.
+  SIMT_DEVICE static int first_tile(const Mask& mask, const Work& w) {
+    return mask.template tile_below<kQueries, kKeys>(w.first, ceil_div(mask.key_end(w.first + kQueries), kKeys));
+  }
+  SIMT_DEVICE static int next_tile(const Mask& mask, const Work& w, int tile) {
+    return mask.template tile_below<kQueries, kKeys>(w.first, tile);
   }
   SIMT_DEVICE static int work_count(const Params& a) { return a.tiles * a.p.q_heads * a.p.batch; }
 
-  // ---- producer: one thread ----
+  // ---- producer: one warp, whose `leader` issues the copies ----
   template <int Rows>
-  SIMT_DEVICE static void load(T* to, const TensorMap& map, uint64_t* full, int row, int head, int batch) {
+  SIMT_DEVICE static void load(bool leader, T* to, const TensorMap& map, uint64_t* full, int row, int head, int batch) {
+    if (!leader) return;
     mbar_arrive_expect_tx(full, Rows * D * sizeof(T));
 #pragma unroll
     for (int atom = 0; atom < kAtoms; atom++)
       tma_load_4d(to + atom * Rows * 64, &map, full, atom * 64, row, head, batch);
   }
-  SIMT_DEVICE static void load_keys(T* to, const TensorMap& map, uint64_t* full, uint64_t* empty, Ring& ring,
-                                    const Work& w, int tile, int kv_head) {
+  SIMT_DEVICE static void load_keys(bool leader, T* to, const TensorMap& map, uint64_t* full, uint64_t* empty,
+                                    Ring& ring, const Work& w, int tile, int kv_head) {
     const int stage = ring.stage();
     if (ring.reused()) mbar_wait(&empty[stage], ring.phase() ^ 1);
-    load<kKeys>(to + stage * kKeys * D, map, &full[stage], static_cast<int>(w.seq.k_row) + tile * kKeys, kv_head,
-                w.seq.batch);
+    load<kKeys>(leader, to + stage * kKeys * D, map, &full[stage], static_cast<int>(w.seq.k_row) + tile * kKeys,
+                kv_head, w.seq.batch);
     ring.used++;
   }
 
   SIMT_DEVICE static void produce(const Params& a, Smem& s) {
     const ForwardParams& p = a.p;
+    const bool leader = elect_one();
     Ring keys, values;
     int queries = 0;  // tiles loaded
     for (int index = static_cast<int>(block_idx().x); index < work_count(a); index += static_cast<int>(grid_dim().x)) {
       const Work w = work_at(a, index);
-      if (w.tiles <= 0) continue;
-      const int kv_head = w.head / (p.q_heads / p.kv_heads);
+      const Mask mask(p, w);
+      int tile = w.first < w.seq.q_len ? first_tile(mask, w) : -1;
+      if (tile < 0) continue;
       // In the order in which they are used: K, Q, K, V, K, V, ... V.
-      for (int i = 0; i <= w.tiles; i++) {
-        if (i < w.tiles) load_keys(s.k[0], a.k, s.k_full, s.k_empty, keys, w, w.tiles - 1 - i, kv_head);
-        if (i > 0) {
-          load_keys(s.v[0], a.v, s.v_full, s.v_empty, values, w, w.tiles - i, kv_head);
-          continue;
-        }
-        for (int g = 0; g < 2; g++) {
-          if (queries > 0) mbar_wait(&s.q_empty[g], static_cast<uint32_t>(queries - 1) & 1);
-          load<kGroupQueries>(s.q[g], a.q, &s.q_full[g], static_cast<int>(w.seq.q_row) + w.first + g * kGroupQueries,
-                              w.head, w.seq.batch);
-        }
-        queries++;
+      const int kv_head = kv_head_of(p, w.head);
+      load_keys(leader, s.k[0], a.k, s.k_full, s.k_empty, keys, w, tile, kv_head);
+      for (int g = 0; g < 2; g++) {
+        if (queries > 0) mbar_wait(&s.q_empty[g], static_cast<uint32_t>(queries - 1) & 1);
+        load<kGroupQueries>(leader, s.q[g], a.q, &s.q_full[g],
+                            static_cast<int>(w.seq.q_row) + w.first + g * kGroupQueries, w.head, w.seq.batch);
+      }
+      queries++;
+      for (int next; tile >= 0; tile = next) {
+        next = next_tile(mask, w, tile);
+        if (next >= 0) load_keys(leader, s.k[0], a.k, s.k_full, s.k_empty, keys, w, next, kv_head);
+        load_keys(leader, s.v[0], a.v, s.v_full, s.v_empty, values, w, tile, kv_head);
       }
     }
   }
@@ -127,9 +129,9 @@ struct ForwardSm90 {
     uint64_t q, k, v;  // descriptors; of stage 0
     int group;
     Ring keys, values;
-    bool adding;    // P V of the tile before is in flight
-    bool outgrown;  // some row's maximum moved: the output is to be rescaled
-    float max[2], sum[2], correction[2];
+    bool adding;                          // P V of the tile before is in flight
+    bool outgrown;                        // some row's maximum moved: the output is to be rescaled
+    float max[2], sum[2], correction[2];  // max in units of log2
   };
 
   // Q K^T: both operands have their columns in rows; 16 of them are 32 bytes within an atom.
@@ -154,14 +156,12 @@ struct ForwardSm90 {
     for (int i = 0; i < kKeys / 4; i++) weights[i / 4][i % 4] = pack2<T>(scores[2 * i], scores[2 * i + 1]);
   }
 
-  SIMT_DEVICE static void hide(Scores& scores, int key, const int (&limit)[2]) {
-    const int first = key + (lane_id() & 3) * 2;
-#pragma unroll
-    for (int i = 0; i < kKeys / 2; i++)
-      if (first + i / 4 * 8 + i % 2 >= limit[i / 2 % 2]) scores[i] = -INFINITY;
+  SIMT_DEVICE static Fragment& as_fragment(Scores& scores) { return reinterpret_cast<Fragment&>(scores); }
+  SIMT_DEVICE static int warp_query(const Work& w, const State& c) {
+    return w.first + c.group * kGroupQueries + (warp_id() & 3) * 16;
   }
 
-  // Scores become probabilities relative to c.max, which moves only when it must: at the first tile, and when a row
+  // Scores become weights relative to c.max, which moves only when it must: at the first tile, and when a row
   // outgrows it by more than 2^kSlack.
   SIMT_DEVICE static void soften(Scores& scores, State& c, float scale_log2) {
     bool outgrown = false;
@@ -173,10 +173,11 @@ struct ForwardSm90 {
       for (int j = 1; j < kKeys / 8; j++) top = fmaxf(top, fmaxf(scores[4 * j + 2 * h], scores[4 * j + 2 * h + 1]));
       top = fmaxf(top, shfl_xor(top, 1));
       top = fmaxf(top, shfl_xor(top, 2));
-      const bool grows = (top - c.max[h]) * scale_log2 > kSlack;  // false for -inf - -inf
+      top *= scale_log2;
+      const bool grows = top - c.max[h] > kSlack;  // false for -inf - -inf
       const float before = c.max[h], after = grows ? top : before;
-      base[h] = after == -INFINITY ? 0.f : after * scale_log2;
-      c.correction[h] = exp2_approx(before * scale_log2 - base[h]);
+      base[h] = after == -INFINITY ? 0.f : after;
+      c.correction[h] = exp2_approx(before - base[h]);
       c.max[h] = after;
       outgrown |= grows;
     }
@@ -221,10 +222,18 @@ struct ForwardSm90 {
     to_weights(weights, scores);
   }
 
-  // The tile of keys from `key` on. The wait for P V stands at the top, a loop iteration behind its issue: within one
-  // basic block nvcc moves it above the softmax, and nothing would overlap P V.
+  // Scores of the tile of keys from `key` on become weights; what follows them takes the place of what was.
   template <bool Masked>
-  SIMT_DEVICE static void step(Smem& s, State& c, int key, const int (&limit)[2], float scale_log2, Output& out,
+  SIMT_DEVICE static void weigh(const Mask& mask, State& c, int query, int key, float scale_log2, Scores& scores) {
+    mask.template adjust_keys<T, Masked>(as_fragment(scores), query, key);
+    soften(scores, c, scale_log2);
+    mask.drop_keys(as_fragment(scores), query, key);
+  }
+
+  // The wait for P V stands at the top, a loop iteration behind its issue: within one basic block nvcc moves it above
+  // the softmax, and nothing would overlap P V.
+  template <bool Masked>
+  SIMT_DEVICE static void step(Smem& s, const Mask& mask, State& c, int query, int key, float scale_log2, Output& out,
                                Scores& scores, Weights& weights) {
     finish_adding(s, c, out, scores, weights);
     const uint64_t k = wait_for(s.k_full, c.keys, c.k);
@@ -240,8 +249,7 @@ struct ForwardSm90 {
     c.keys.used++;
     wgmma_wait<1>(scores);
     release(k_empty);
-    if (Masked) hide(scores, key, limit);
-    soften(scores, c, scale_log2);
+    weigh<Masked>(mask, c, query, key, scale_log2, scores);
   }
 
   // Rows [first, kKeys) of the values are another sequence's: their weights are zero, but 0 * NaN is NaN. Both groups
@@ -256,12 +264,10 @@ struct ForwardSm90 {
     bar_sync(kConsumers, 2 * 128);
   }
 
-  SIMT_DEVICE static void attend(const Params& a, Smem& s, const Work& w, State& c, Output& out) {
-    const float scale_log2 = a.p.scale * kLog2e;
-    const Mask mask{w.seq.q_len, w.seq.k_len};
-    const int first = w.first + c.group * kGroupQueries, row = first + (warp_id() & 3) * 16 + (lane_id() >> 2);
-    const int limit[2] = {mask.key_limit(row), mask.key_limit(row + 8)};
-    int key = (w.tiles - 1) * kKeys;
+  SIMT_DEVICE static void attend(const Params& a, Smem& s, const Mask& mask, const Work& w, int tile, State& c,
+                                 Output& out) {
+    const float scale_log2 = mask.softmax_scale(a.p.scale) * kLog2e;
+    const int query = warp_query(w, c);
     Scores scores;
     Weights weights;
     {  // the last keys come first: Q K^T and softmax alone
@@ -271,21 +277,21 @@ struct ForwardSm90 {
       wgmma_wait<0>(scores);
       release(&s.k_empty[c.keys.stage()]);
       c.keys.used++;
-      hide(scores, key, limit);
-      soften(scores, c, scale_log2);
+      weigh<true>(mask, c, query, tile * kKeys, scale_log2, scores);
       c.outgrown = c.adding = false;
     }
-    if (a.p.cu_seqlens_k && key + kKeys > w.seq.k_len) {  // TMA leaves zeros past the end of the tensor only
+    if (a.p.cu_seqlens_k && (tile + 1) * kKeys > w.seq.k_len) {  // TMA leaves zeros past the end of the tensor only
       wait_for(s.v_full, c.values, c.v);
-      clear_rows(s.v[c.values.stage()], w.seq.k_len - key);
+      clear_rows(s.v[c.values.stage()], w.seq.k_len - tile * kKeys);
     }
-    key -= kKeys;
+    tile = next_tile(mask, w, tile);
     if constexpr (Mask::kLongestTileLast) {
-      const int full = mask.full_key_end(first);
-      for (; key >= 0 && key + kKeys > full; key -= kKeys)
-        step<true>(s, c, key, limit, scale_log2, out, scores, weights);
+      const int full = mask.full_key_end(w.first + c.group * kGroupQueries) / kKeys;
+      for (; tile >= full && tile >= 0; tile = next_tile(mask, w, tile))
+        step<true>(s, mask, c, query, tile * kKeys, scale_log2, out, scores, weights);
     }
-    for (; key >= 0; key -= kKeys) step<false>(s, c, key, limit, scale_log2, out, scores, weights);
+    if constexpr (!Mask::kGeneral)
+      for (; tile >= 0; tile--) step<false>(s, mask, c, query, tile * kKeys, scale_log2, out, scores, weights);
     finish_adding(s, c, out, scores, weights);
     const uint64_t v = wait_for(s.v_full, c.values, c.v);
     wgmma_fence();
@@ -295,12 +301,27 @@ struct ForwardSm90 {
     c.values.used++;
   }
 
+  // A further score of every row, without a value; one lane of a row counts it.
+  SIMT_DEVICE static void add_sink(State& c, Output& out, float sink) {
+    const float score = sink * kLog2e;
+    if (score == -INFINITY) return;
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+      const float top = fmaxf(c.max[h], score), correction = exp2_approx(c.max[h] - top);
+      c.max[h] = top;
+      c.sum[h] = c.sum[h] * correction + ((lane_id() & 3) == 0 ? exp2_approx(score - top) : 0.f);
+#pragma unroll
+      for (int i = 0; i < D / 4; i++) out[4 * (i / 2) + 2 * h + i % 2] *= correction;
+    }
+  }
+
   // 16-byte chunk of a row of the group's output, which is staged in the layout that the queries had.
   SIMT_DEVICE static T* staged(Smem& s, int group, int row, int chunk) {
     return s.q[group] + chunk / 8 * (kGroupQueries * 64) + row * 64 + ((chunk % 8) ^ (row % 8)) * 8;
   }
 
-  SIMT_DEVICE static void store(const Params& a, Smem& s, const Work& w, const State& c, const Output& out) {
+  SIMT_DEVICE static void store(const Params& a, Smem& s, const Work& w, const State& c, const Output& out,
+                                float factor) {
     const ForwardParams& p = a.p;
     const int first = w.first + c.group * kGroupQueries, warp_row = (warp_id() & 3) * 16, t = lane_id() & 3;
     float* lse = p.lse + stats_index(p, w.seq, w.head);
@@ -310,14 +331,14 @@ struct ForwardSm90 {
       float sum = c.sum[h];
       sum += shfl_xor(sum, 1);
       sum += shfl_xor(sum, 2);
-      const float inverse = sum == 0.f ? 0.f : rcp_approx(sum);
+      const float inverse = sum == 0.f ? 0.f : rcp_approx(sum) * factor;
       const int row = warp_row + (lane_id() >> 2) + 8 * h;
 #pragma unroll
       for (int chunk = 0; chunk < D / 8; chunk++)
         store4(staged(s, c.group, row, chunk) + 2 * t,
                pack2<T>(out[4 * chunk + 2 * h] * inverse, out[4 * chunk + 2 * h + 1] * inverse));
       if (t == 0 && first + row < w.seq.q_len)
-        lse[first + row] = sum == 0.f ? -INFINITY : (c.max[h] * (p.scale * kLog2e) + log2_approx(sum)) * kLn2;
+        lse[first + row] = sum == 0.f ? -INFINITY : (c.max[h] + log2_approx(sum)) * kLn2;
     }
     p.cu_seqlens_q ? store_rows(a, s, w, c.group, warp_row) : store_box(a, s, w, c.group);
     release(&s.q_empty[c.group]);
@@ -348,7 +369,7 @@ struct ForwardSm90 {
     fence_proxy_async();  // the next queries arrive through the async proxy
   }
   // Nobody sees a key. Not by way of shared memory: the producer skips such tiles, the buffer is not ours.
-  SIMT_DEVICE static void store_nothing(const Params& a, const Work& w, int group) {
+  SIMT_DEVICE static void store_nothing(const Params& a, const Work& w, int group, float lse) {
     const ForwardParams& p = a.p;
     const int first = w.first + group * kGroupQueries, chunks = p.v_dim / 8;
     T* out = row_pointer<T>(p.out, p.out_strides, w.seq.batch, w.head, w.seq.q_row + first);
@@ -356,8 +377,22 @@ struct ForwardSm90 {
       const int row = i / chunks, chunk = i % chunks;
       if (first + row >= w.seq.q_len) break;
       store16(out + row * p.out_strides.row + chunk * 8, uint4{0, 0, 0, 0});
-      if (chunk == 0) p.lse[stats_index(p, w.seq, w.head) + first + row] = -INFINITY;
+      if (chunk == 0) p.lse[stats_index(p, w.seq, w.head) + first + row] = lse;
     }
+  }
+
+  // Of masks that have them: a sink's score, and what makes up for dropped weights.
+  SIMT_DEVICE static float sink_of(const Mask& mask) {
+    if constexpr (Mask::kGeneral)
+      return mask.sink();
+    else
+      return -INFINITY;
+  }
+  SIMT_DEVICE static float factor_of(const Mask& mask) {
+    if constexpr (Mask::kGeneral)
+      return mask.weight_scale();
+    else
+      return 1.f;
   }
 
   SIMT_DEVICE static void consume(const Params& a, Smem& s) {
@@ -370,17 +405,20 @@ struct ForwardSm90 {
     if (c.group == 1) bar_arrive(kTurn, 2 * 128);                  // group 0 begins
     for (int index = static_cast<int>(block_idx().x); index < work_count(a); index += static_cast<int>(grid_dim().x)) {
       const Work w = work_at(a, index);
-      if (w.tiles < 0) continue;
-      if (w.tiles == 0) {
-        store_nothing(a, w, c.group);
+      if (w.first >= w.seq.q_len) continue;
+      const Mask mask(a.p, w);
+      const int tile = first_tile(mask, w);
+      if (tile < 0) {
+        store_nothing(a, w, c.group, sink_of(mask));
         continue;
       }
       Output out = {};
 #pragma unroll
       for (int h = 0; h < 2; h++) c.max[h] = -INFINITY, c.sum[h] = 0.f;
       mbar_wait(&s.q_full[c.group], static_cast<uint32_t>(queries++) & 1);
-      attend(a, s, w, c, out);
-      store(a, s, w, c, out);
+      attend(a, s, mask, w, tile, c, out);
+      if constexpr (Mask::kGeneral) add_sink(c, out, mask.sink());
+      store(a, s, w, c, out, factor_of(mask));
     }
     if (c.group == 0) bar_sync(kTurn, 2 * 128);  // takes the last arrival of group 1
   }
@@ -404,7 +442,7 @@ struct ForwardSm90 {
     sync_block();
     if (warp_id() < 4) {
       reg_dealloc<kProducerRegisters>();
-      if (warp_id() == 0 && elect_one()) produce(a, s);
+      if (warp_id() == 0) produce(a, s);
     } else {
       reg_alloc<kConsumerRegisters>();
       consume(a, s);

@@ -1,25 +1,30 @@
 // How a launch picks its kernel instance. launch.cu decides between the two kernel families, forward.cu, backward.cu
 // and any.cu hold their instances.
 #pragma once
+#include "attention/cuda/general.h"
 #include "attention/cuda/mask.h"
 
 namespace tilewise::attention {
 
-// fp16 and bf16 on tensor cores: 16-byte rows, a positive scale.
+// fp16 and bf16 on tensor cores: 16-byte rows, head dims that are multiples of 8.
 const char* forward_tensor_cores(const ForwardParams&, const Runtime&);
 const char* backward_tensor_cores(const BackwardParams&, const Runtime&);
 // The forward on sm_90a, for what its tensor maps can describe.
 bool serves_sm90(const ForwardParams&);
 const char* forward_sm90(const ForwardParams&, const Runtime&);
-// Every type, alignment and scale, on the fp32 units.
+// Every type, alignment and head dim, on the fp32 units.
 const char* forward_any(const ForwardParams&, const Runtime&);
 const char* backward_any(const BackwardParams&, const Runtime&);
+
+// What options ask for besides: dsink, once delta is known, and masks as bits.
+const char* sink_gradient(const BackwardParams&, const Runtime&);
+const char* pack_mask(const PackMaskParams&, const Runtime&);
 
 const char* merge(const MergeParams&, const Runtime&);
 const char* merge_backward(const MergeBackwardParams&, const Runtime&);
 const char* rope(const RopeParams&, const Runtime&);
 
-// Whether every row of every tensor starts on 16 bytes.
+// Whether every row of every tensor consists of aligned 16 bytes.
 bool rows_aligned(const ForwardParams&);
 bool rows_aligned(const BackwardParams&);
 
@@ -40,11 +45,17 @@ inline const char* no_such_instance() {
 
 // select(..., fn) calls fn with the tags of the instance. TILEWISE_FEW_INSTANCES keeps one type and head dim: seeded
 // bugs are compiled often.
+// The head dim of the instance that serves these.
+inline int padded_dim(const ForwardParams& p) {
+  const int dim = p.dim > p.v_dim ? p.dim : p.v_dim;
+  return dim <= 64 ? 64 : dim <= 128 ? 128 : 256;
+}
 template <class Fn>
 const char* select_dim(int dim, Fn fn) {
   if (dim == 64) return fn(Number<64>{});
 #ifndef TILEWISE_FEW_INSTANCES
   if (dim == 128) return fn(Number<128>{});
+  if (dim == 256) return fn(Number<256>{});
 #endif
   return no_such_instance();
 }
@@ -60,9 +71,13 @@ template <class Fn>
 const char* select_any_type(Type type, Fn fn) {
   return type == Type::f32 ? fn(TypeTag<float>{}) : select_type16(type, fn);
 }
-template <class Fn>
-const char* select_mask(bool causal, Fn fn) {
-  return causal ? fn(TypeTag<Causal>{}) : fn(TypeTag<Dense>{});
+// Dense and Causal want positive scales, and head dims of exactly 64 or 128; General serves all the rest.
+template <int D, class Fn>
+const char* select_mask(const ForwardParams& p, Fn fn) {
+  if constexpr (D <= 128)
+    if (p.dim == D && p.v_dim == D && p.scale > 0.f && p.scale < INFINITY && causal_or_dense(p.rules))
+      return p.causal ? fn(TypeTag<Causal>{}) : fn(TypeTag<Dense>{});
+  return fn(TypeTag<General>{});
 }
 
 // One block per tile, head and sequence.

@@ -37,13 +37,20 @@ SIMT_DEVICE Sequence find_sequence(const ForwardParams& p, int b, uint32_t* faul
   return {0, q.begin, k.begin, q.length, k.length};
 }
 
-// A one-dimensional grid over (batch, head, tile), tiles fastest: blocks that run together share keys and values.
-struct Place {
-  int batch, head, tile;
+// What a block works on: `Rows` rows from `first` on, of one sequence and one of `heads` heads. The grid has one
+// dimension, (sequence, head, tile), tiles fastest: blocks that run together share keys and values.
+struct Work {
+  Sequence seq;
+  int sequence, head, first;
 };
-SIMT_DEVICE Place find_place(int tiles, int heads) {
+template <int Rows>
+SIMT_DEVICE Work find_work(const ForwardParams& p, int tiles, int heads, bool last_tile_first, uint32_t* fault) {
   const int index = static_cast<int>(block_idx().x);
-  return {index / tiles / heads, index / tiles % heads, index % tiles};
+  const int sequence = index / tiles / heads, head = index / tiles % heads, tile = index % tiles;
+  return {find_sequence(p, sequence, fault), sequence, head, (last_tile_first ? tiles - 1 - tile : tile) * Rows};
+}
+SIMT_DEVICE int kv_head_of(const ForwardParams& p, int head) {
+  return head / (p.q_heads / p.kv_heads);
 }
 
 template <class T>

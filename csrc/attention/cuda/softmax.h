@@ -83,10 +83,27 @@ struct SoftmaxRows {
       }
   }
 
-  // Divides by the sums and leaves the natural-log normalisers in `max`: -inf for a row that saw nothing, whose values
-  // are 0; NaN passes through.
+  // One more key, without a value.
   template <int V>
-  SIMT_DEVICE void finish(float (&acc)[M][V][4]) {
+  SIMT_DEVICE void add_sink(float sink, float (&acc)[M][V][4]) {
+    const float score = sink * kLog2e;
+    float top[M][2];
+#pragma unroll
+    for (int i = 0; i < M; i++)
+#pragma unroll
+      for (int h = 0; h < 2; h++) top[i][h] = fmaxf(max[i][h], score);
+    raise(top, acc);
+    if ((lane_id() & 3) != 0) return;
+#pragma unroll
+    for (int i = 0; i < M; i++)
+#pragma unroll
+      for (int h = 0; h < 2; h++) sum[i][h] += exp2_approx(score - top[i][h]);
+  }
+
+  // Divides by the sums, multiplies by `factor` and leaves the natural-log normalisers in `max`: -inf for a row that
+  // saw nothing, whose values are 0; NaN passes through.
+  template <int V>
+  SIMT_DEVICE void finish(float (&acc)[M][V][4], float factor = 1.f) {
 #pragma unroll
     for (int i = 0; i < M; i++)
 #pragma unroll
@@ -94,7 +111,7 @@ struct SoftmaxRows {
         float total = sum[i][h];
         total += shfl_xor(total, 1);
         total += shfl_xor(total, 2);
-        const float inverse = total == 0.f ? 0.f : rcp_approx(total);
+        const float inverse = total == 0.f ? 0.f : rcp_approx(total) * factor;
         max[i][h] = total == 0.f ? -INFINITY : (max[i][h] + log2_approx(total)) * kLn2;
 #pragma unroll
         for (int j = 0; j < V; j++) {

@@ -20,15 +20,19 @@ SIMT_DEVICE int tile_at(int row, int chunk) {
   return row * D + ((chunk ^ (row & 7)) * kChunk);
 }
 
-// Copies rows of global memory into tiles. Every thread keeps one address: its chunk of the first row.
-template <int D, int Threads, class T>
+// Copies rows of global memory into tiles. Every thread keeps one address: its chunk of the first row. If Padded, the
+// rows have `dim` values, a multiple of 8, and the columns beyond become zero.
+template <int D, int Threads, bool Padded, class T>
 struct TileLoader {
   static constexpr int kChunks = D / kChunk, kRowsPerPass = Threads / kChunks;
   const T* from;
   int64_t stride;
+  bool column_exists;
 
-  SIMT_DEVICE TileLoader(const T* rows, int64_t row_stride)
-      : from(rows + thread_id() / kChunks * row_stride + thread_id() % kChunks * kChunk), stride(row_stride) {}
+  SIMT_DEVICE TileLoader(const T* rows, int64_t row_stride, int dim)
+      : from(rows + thread_id() / kChunks * row_stride + thread_id() % kChunks * kChunk),
+        stride(row_stride),
+        column_exists(!Padded || thread_id() % kChunks * kChunk < dim) {}
 
   SIMT_DEVICE void skip(int rows) { from += rows * stride; }
 
@@ -48,12 +52,15 @@ struct TileLoader {
   template <int Rows, class Exists>
   SIMT_DEVICE void copy(T* tile, Exists exists) const {
     static_assert(Threads % kChunks == 0 && Rows % kRowsPerPass == 0, "whole passes");
-    static_assert(kRowsPerPass % 8 == 0, "the same swizzle in every pass");
+    static_assert(kRowsPerPass % 8 == 0 || kRowsPerPass == 4, "one swizzle for all passes, or two");
     T* to = tile + tile_at<D>(thread_id() / kChunks, thread_id() % kChunks);
+    T* to_odd = tile + tile_at<D>(thread_id() / kChunks + 4, thread_id() % kChunks) - 4 * D;
     const T* source = from;
 #pragma unroll
-    for (int row = 0; row < Rows; row += kRowsPerPass, source += kRowsPerPass * stride)
-      cp_async16(to + row * D, exists(row) ? source : from, exists(row));
+    for (int row = 0; row < Rows; row += kRowsPerPass, source += kRowsPerPass * stride) {
+      const bool copies = exists(row) && (!Padded || column_exists);
+      cp_async16((row % 8 ? to_odd : to) + row * D, copies ? source : from, copies);
+    }
   }
 };
 
@@ -61,7 +68,7 @@ struct TileLoader {
 // Where tiles start and which row is meant does not matter to the swizzle as long as rows move by multiples of 8, so a
 // lane needs four XORs per operand at most; all else is a constant that ldmatrix adds by itself.
 SIMT_DEVICE int step_columns(int at, int columns) {
-  return (at ^ (columns & 63)) + (columns & 64);
+  return (at ^ (columns & 63)) + (columns & ~63);
 }
 
 // acc += A B^T: A is rows [a_row, a_row + 16 M) of tile a, B rows [b_row, b_row + 8 N) of tile b.
@@ -117,11 +124,11 @@ SIMT_DEVICE void multiply(float (&acc)[M][D / 8][4], const float (&weights)[M][K
   }
 }
 
-// Writes a warp's accumulators, rounded to T, to rows [0, valid) of `target`, by way of its own rows
-// [tile_row, tile_row + 16 M) of a tile that no other warp uses any more: every global store then moves 16 bytes.
+// Writes a warp's accumulators, rounded to T, to rows [0, valid) and columns [0, dim) of `target`, by way of its own
+// rows [tile_row, tile_row + 16 M) of a tile that no other warp uses any more: every global store then moves 16 bytes.
 template <int D, int M, class T>
-SIMT_DEVICE void store_accumulators(T* target, int64_t row_stride, int valid, const float (&acc)[M][D / 8][4], T* tile,
-                                    int tile_row) {
+SIMT_DEVICE void store_accumulators(T* target, int64_t row_stride, int valid, int dim, const float (&acc)[M][D / 8][4],
+                                    T* tile, int tile_row) {
   const int lane = lane_id(), g = lane >> 2, t = lane & 3;
   sync_warp();
 #pragma unroll
@@ -137,7 +144,7 @@ SIMT_DEVICE void store_accumulators(T* target, int64_t row_stride, int valid, co
 #pragma unroll
   for (int i = 0; i < 16 * M * kChunks / kWarp; i++) {
     const int index = i * kWarp + lane, row = index / kChunks, chunk = index % kChunks;
-    if (row < valid)
+    if (row < valid && chunk * kChunk < dim)
       store16(target + row * row_stride + chunk * kChunk, load16(tile + tile_at<D>(tile_row + row, chunk)));
   }
 }
