@@ -33,8 +33,6 @@ def block_mask(shape, block_q, block_k):
     return {"blocks": blocks, "block_size": (block_q, block_k)}
 
 
-
-
 # name -> f(shape) -> (options as both sides take them, options that are tensors with gradients)
 OPTIONS = {
     "window": lambda s: {"window": (17, 9)},

@@ -34,6 +34,7 @@ const char* backward(const BackwardParams& b, const Runtime& rt) {
   const ForwardParams& p = b.forward;
   const bool tensor_cores = p.type != Type::f32 && rows_aligned(b);
   const char* why = tensor_cores ? backward_tensor_cores(b, rt) : backward_any(b, rt);
+  if (!why && b.dbias) why = bias_gradient(b, tensor_cores, rt);
   return why || !b.dsink ? why : sink_gradient(b, rt);
 }
 

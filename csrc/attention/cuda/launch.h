@@ -16,7 +16,8 @@ const char* forward_sm90(const ForwardParams&, const Runtime&);
 const char* forward_any(const ForwardParams&, const Runtime&);
 const char* backward_any(const BackwardParams&, const Runtime&);
 
-// What options ask for besides: dsink, once delta is known, and masks as bits.
+// What options ask for besides: dbias and dsink, once delta is known, and masks as bits.
+const char* bias_gradient(const BackwardParams&, bool tensor_cores, const Runtime&);
 const char* sink_gradient(const BackwardParams&, const Runtime&);
 const char* pack_mask(const PackMaskParams&, const Runtime&);
 
