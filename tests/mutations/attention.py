@@ -10,13 +10,9 @@ from tilewise.reference import attention as reference
 FORWARD, BACKWARD = "attention/cuda/forward.h", "attention/cuda/backward.h"
 TILE, FLOAT_TILE = "attention/cuda/tile.h", "attention/cuda/float_tile.h"
 SOFTMAX, MASK, SEQUENCE = (f"attention/cuda/{name}.h" for name in ("softmax", "mask", "sequence"))
-HOPPER = "attention/cuda/forward_sm90.h"
+GENERAL, BIAS = "attention/cuda/general.h", "attention/cuda/bias.h"
 KEYS_ARRIVED = "    cp_async_wait<0>();\n    sync_block();  // the keys have arrived"
 STAGED = "  sync_warp();\n  constexpr int kChunks"
-STAGED_BY_GROUP = "    fence_proxy_async();\n    bar_sync(kGroup + group, 128);"
-SCORES_ARRIVED = "    wgmma_wait<1>(scores);\n    release(k_empty);"
-SCORES_RELEASED_EARLY = "    release(k_empty);\n    wgmma_wait<1>(scores);"
-WEIGHTS_EARLY = "    to_weights(weights, scores);\n    wgmma_wait<0>(out);\n    if (c.adding)"
 NEXT_TILE = "        at.advance(later, first);\n        cp_async_wait<0>();\n"
 
 MUTATIONS = [
@@ -46,85 +42,89 @@ MUTATIONS = [
         "= weights[i][j];",
         "race",
     ),
+    Mutation("window_bound_dropped", GENERAL, "(~lowest_bits(diagonal - left()) |", "(~0u |", "plain"),
+    Mutation("global_tokens_hidden", GENERAL, "lowest_bits(rules.global_tokens - key)", "0u", "plain"),
     Mutation(
-        "hopper_stage_not_awaited", HOPPER, "    if (ring.reused()) mbar_wait(", "    if (false) mbar_wait(", "race"
+        "gap_skips_too_far", GENERAL, "tile = key_begin(query) / Keys;", "tile = key_begin(query) / Keys + 1;", "plain"
     ),
-    Mutation("hopper_queries_reused_early", HOPPER, "if (queries > 0) mbar_wait(", "if (false) mbar_wait(", "race"),
     Mutation(
-        "hopper_output_not_fenced", HOPPER, STAGED_BY_GROUP, STAGED_BY_GROUP.replace("fence_proxy_async();", ""), "race"
+        "bias_transposed",
+        GENERAL,
+        "fn(score, Transposed ? column : row, Transposed ? row : column)",
+        "fn(score, Transposed ? row : column, Transposed ? column : row)",
+        "plain",
     ),
-    Mutation("hopper_store_not_awaited", HOPPER, "      bulk_wait_read<0>();\n", "", "race"),
-    Mutation("hopper_queries_overwritten", HOPPER, "    bar_sync(kGroup + c.group, 128);", "    //", "race"),
-    Mutation("hopper_scores_not_awaited", HOPPER, "    wgmma_wait<1>(scores);\n", "", "plain"),
-    Mutation("hopper_keys_released_early", HOPPER, SCORES_ARRIVED, SCORES_RELEASED_EARLY, "race"),
-    Mutation("hopper_values_stepped_wrong", HOPPER, "(v, i * 2048)", "(v, i * 1024)", "plain"),
-    Mutation("hopper_foreign_values", HOPPER, "      clear_rows(", "      if (false) clear_rows(", "plain"),
-    Mutation("hopper_bytes_miscounted", HOPPER, "Rows * D * sizeof(T));\n#pragma", "Rows * D);\n#pragma", "plain"),
+    Mutation("mask_bit_shifted", GENERAL, "(key % 32);", "(key % 32 + 1);", "plain"),
     Mutation(
-        "hopper_nobody_begins", HOPPER, "if (c.group == 1) bar_arrive(kTurn", "if (false) bar_arrive(kTurn", "plain"
+        "block_index_wrong", GENERAL, "block_row(query / rules.block_q)", "block_row(query / rules.block_k)", "plain"
     ),
-    Mutation("hopper_not_rescaled", HOPPER, "    if (c.outgrown) {", "    if (false) {", "plain"),
-    Mutation("hopper_weights_too_early", HOPPER, "    wgmma_wait<0>(out);\n    if (c.adding)", WEIGHTS_EARLY, "plain"),
-    Mutation("hopper_limit_of_other_row", HOPPER, "mask.key_limit(row + 8)}", "mask.key_limit(row)}", "plain"),
+    Mutation("softcap_slope_dropped", GENERAL, "return x * slopes.at[j][e];", "return x;", "plain"),
+    Mutation(
+        "bits_of_wrong_half", GENERAL, "shfl(own, 16 * half + 8 * h + g)", "shfl(own, 16 * h + 8 * half + g)", "plain"
+    ),
+    Mutation(
+        "dropout_counter_wrong_in_backward",
+        BACKWARD,
+        "mask.drop_queries(p, query, key)",
+        "mask.drop_queries(p, query, key + 8)",
+        "plain",
+    ),
+    Mutation("rules_of_wrong_head", BACKWARD, "if constexpr (Mask::kGeneral) mask.head = at.head;", "", "plain"),
+    Mutation("sink_dropped_from_lse", FORWARD, "state.rows.add_sink(mask.sink(), state.acc);", "", "plain"),
+    Mutation(
+        "dbias_rows_not_summed", BIAS, "for (int r = 0; r < rows_each; r++)", "for (int r = 0; r < 1; r++)", "plain"
+    ),
+    Mutation("dbias_heads_not_summed", BIAS, "h < heads.end", "h <= heads.begin", "plain"),
+    Mutation("dbias_tiles_reused_early", BIAS, "    sync_block();  // the tiles before have been read\n", "", "race"),
 ]
 
 
-def _inputs(heads, queries, keys, dtype, slope):
+def _check(heads, queries, keys, dtype, slope=0.0, leaves=(), dropout=None, **options):
+    """Output, lse and gradients against float64; ``slope`` makes the first keys' scores the largest, last in line."""
     torch.manual_seed(queries)
     q, k, v, dout = (torch.randn(1, h, s, 64) for h, s in ((heads, queries), (2, keys), (2, keys), (heads, queries)))
     k *= torch.linspace(1 + slope, 1, keys)[:, None]
-    return [t.to(dtype) for t in (q, k, v, dout)]
-
-
-def _assert_close(got, expected):
-    for a, b in zip(got, expected, strict=True):
+    if "sink_logits" in leaves:  # whose gradient, a sum over all rows, would cancel
+        v, dout = v + 0.5, dout + 0.5
+    q, k, v, dout = (t.to(dtype) for t in (q, k, v, dout))
+    tensors = [t.requires_grad_() for t in (q, k, v, *(options.pop(name) for name in leaves))]
+    drawn = {"dropout_p": dropout, "generator": torch.Generator().manual_seed(3)} if dropout else {}
+    out, lse = tw.attention(*tensors[:3], **options, **drawn, **_named(leaves, tensors), return_lse=True)
+    if dropout:
+        seed = torch.randint(-(2**63), 2**63 - 1, (1,), generator=torch.Generator().manual_seed(3))
+        drawn = {"dropout_p": dropout, "dropout_seed": int(seed)}
+    exact = [t.detach().double().requires_grad_() for t in tensors]
+    expected, expected_lse = reference.attention(*exact[:3], **options, **drawn, **_named(leaves, exact))
+    got = (out, *torch.autograd.grad(out, tensors, dout))
+    torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-4, atol=1e-4)
+    for a, b in zip(got, (expected, *torch.autograd.grad(expected, exact, dout.double())), strict=True):
         error = (a.double() - b).norm()
         assert error < 0.02 * b.norm(), f"relative error {error / b.norm():.3f}"
 
 
-def _check(heads, queries, keys, dtype, causal, slope=0.0):
-    """Output, lse and gradients against float64; ``slope`` makes the first keys' scores the largest, last in line."""
-    *tensors, dout = _inputs(heads, queries, keys, dtype, slope)
-    leaves = [t.requires_grad_() for t in tensors]
-    out, lse = tw.attention(*leaves, causal=causal, return_lse=True)
-    exact = [t.detach().double().requires_grad_() for t in leaves]
-    expected, expected_lse = reference.attention(*exact, causal=causal)
-    torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-4, atol=1e-4)
-    got = (out, *torch.autograd.grad(out, leaves, dout))
-    _assert_close(got, (expected, *torch.autograd.grad(expected, exact, dout.double())))
-
-
-def _check_forward(heads, queries, keys, causal, slope=0.0):
-    tensors = _inputs(heads, queries, keys, torch.bfloat16, slope)[:3]
-    out, lse = tw.attention(*tensors, causal=causal, return_lse=True)
-    expected, expected_lse = reference.attention(*(t.double() for t in tensors), causal=causal)
-    torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-4, atol=1e-4)
-    _assert_close([out], [expected])
-
-
-def _check_packed():
-    """The second sequence's values are NaN; the first must not see them."""
-    torch.manual_seed(1)
-    q, k, v = (torch.randn(80, 1, 64).bfloat16() for _ in range(3))
-    v[40:] = torch.nan
-    offsets = torch.tensor([0, 40, 80], dtype=torch.int32)
-    out = tw.attention_varlen(q, k, v, offsets, offsets)
-    expected, _ = reference.attention(*(t[:40].double().transpose(0, 1)[None] for t in (q, k, v)))
-    error = (out[:40].double() - expected[0].transpose(0, 1)).norm()
-    assert error < 0.02 * expected.norm(), f"relative error {error / expected.norm():.3f}"
+def _named(leaves, tensors):
+    return dict(zip(leaves, tensors[3:], strict=True))
 
 
 def check():
     with architecture(800):
-        _check_ampere()
-    with architecture(901):
-        _check_forward(4, 150, 600, causal=True)
-        _check_forward(2, 9, 300, causal=False, slope=9.0)
-        _check_packed()
+        _check_all()
 
 
-def _check_ampere():
+def _check_all():
     _check(4, 40, 150, torch.bfloat16, causal=True)
     _check(2, 70, 33, torch.bfloat16, causal=True)
     _check(2, 9, 150, torch.bfloat16, causal=False, slope=9.0)
     _check(2, 20, 40, torch.float32, causal=False)
+    _check_rules()
+
+
+def _check_rules():
+    torch.manual_seed(1)
+    _check(4, 9, 300, torch.bfloat16, window=(30, 3), global_tokens=4, alibi_slopes=torch.tensor([0.0, 0.1, 0.2, 0.05]))
+    blocks = torch.tensor([[[[1, 0, 1], [0, 1, 1], [1, 1, 0]]]]).bool()
+    masked = {"mask": torch.rand(1, 4, 40, 140) < 0.6, "block_mask": tw.BlockMask(blocks, (16, 48))}
+    _check(4, 40, 140, torch.bfloat16, softcap=1.5, **masked)
+    summed = {"bias": torch.randn(1, 1, 1, 70), "sink_logits": torch.randn(2) + 2, "leaves": ("bias", "sink_logits")}
+    for dtype in (torch.bfloat16, torch.float32):
+        _check(2, 80, 70, dtype, dropout=0.3, **summed)

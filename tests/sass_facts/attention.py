@@ -5,12 +5,21 @@ _NO_SPILLS = {"LDL|STL": 0, "stack": 0, "registers": "<=255"}
 # holds one mma per 16 x 8 x 16 block of the step, with the loop over D rolled up to D / 32 steps.
 _TENSOR_CORES = {**_NO_SPILLS, r"LDGSTS.*\.128": ">0", r"LDGSTS(?!.*(128|E$))": 0, r"STG.*\.128": ">0", "LDSM": ">0"}
 
+# The mask General: 16 rows per warp, one loop body.
+_GENERAL = {**_TENSOR_CORES, "HMMA": ">=32", "SHFL": ">=4", "IMAD.WIDE.U32": ">=20"}
+
 FACTS = {
-    "::Forward<.* 64,": {**_TENSOR_CORES, "HMMA": ">=192", "registers": "<=232", "MUFU": ">=128"},
-    "::Forward<.* 128,": {**_TENSOR_CORES, "HMMA": ">=384", "MUFU": ">=128"},
-    "::BackwardQueries<": {**_TENSOR_CORES, "HMMA": ">=128"},
-    "::BackwardKeys<": {**_TENSOR_CORES, "HMMA": ">=128"},
-    "::ForwardSm90<": {"LDL|STL": 0, "stack": 0, "HGMMA": ">=24", "UTMALDG": ">0", "USETMAXREG": 2},
-    "::Any": {**_NO_SPILLS, "FFMA": ">=256"},
+    "::Forward<.* 64, .*(Dense|Causal)": {**_TENSOR_CORES, "HMMA": ">=192", "registers": "<=232", "MUFU": ">=128"},
+    "::Forward<.* 128, .*(Dense|Causal)": {**_TENSOR_CORES, "HMMA": ">=384", "MUFU": ">=128"},
+    "::BackwardQueries<.*(Dense|Causal)": {**_TENSOR_CORES, "HMMA": ">=128"},
+    "::BackwardKeys<.*(Dense|Causal)": {**_TENSOR_CORES, "HMMA": ">=128"},
+    "::Forward<.*General": {**_GENERAL, "HMMA": ">=48"},
+    "::BackwardQueries<.*General": _GENERAL,
+    "::BackwardKeys<.*General": {**_GENERAL, "HMMA": ">=48"},
+    "::BiasGradient<.*TensorEngine": {**_TENSOR_CORES, r"STG.*\.128": 0, "HMMA": ">=16"},
+    "::BiasGradient<.*AnyEngine": {**_NO_SPILLS, "FFMA": ">=64"},
+    "::ForwardSm90<": {**_NO_SPILLS, "registers": 168, "HGMMA": ">=12", "UTMALDG": ">0", "USETMAXREG": 2},
+    "::Any": {**_NO_SPILLS, "FFMA": ">=128"},
     "::Delta<": {**_NO_SPILLS, "registers": "<=64"},
+    "::(SinkGradient|PackMask)": {**_NO_SPILLS, "registers": "<=64"},
 }

@@ -83,7 +83,7 @@ struct TensorEngine {
 
   SIMT_DEVICE static void add(Sums& sums, Smem& s, const AnyArgs& args, const Work& work, const General& mask,
                               int64_t stats, int key) {
-    sync_block();  // every warp has done with the previous tiles
+    sync_block();  // the tiles before have been read
     load(s, args, work, key);
     cp_async_commit();
     const int own = warp_id() * 16;
