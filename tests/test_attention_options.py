@@ -50,7 +50,7 @@ OPTIONS = {
     "bias-of-rows": lambda s: {
         "bias": torch.randn(1, s.heads, s.queries, 1),
         "softcap": 2.0,
-        "sink_logits": torch.randn(s.heads) + math.log(s.keys) + 1,
+        "sink_logits": torch.randn(s.heads) + math.log(max(s.keys, 1)) + 1,
     },
     "mask": lambda s: {"mask": boolean(s.batch, s.heads, s.queries, s.keys)},
     "mask-of-keys": lambda s: {"mask": boolean(s.batch, 1, 1, s.keys), "causal": True},

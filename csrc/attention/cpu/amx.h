@@ -159,7 +159,8 @@ bool forward_tiles_task(const ForwardParams& p, const Runtime& rt, int64_t b, in
   if (!memory) return false;
   task.load_tiles(memory);
   const TileScope scope;
-  const HeadRules rules(p, seq, head);
+  HeadRules rules(p, seq, head);
+  rules.foresee(task.attention.keys());
   causal_or_dense(p.rules) ? task.attend_all() : task.attend_ruled(rules);
   if (!task.finite()) return forward_task<T>(p, rt, b, head, block);
   task.store_tiles(rules.sink());

@@ -46,7 +46,7 @@ TILEWISE_INLINE WeightAndGradient differentiate_score(const Ruled& to, const Sco
   VF score = at.score, slope = set1(1), dp = at.dp;
   if (to.rules.caps()) score = to.rules.cap(score, slope);
   // Above lse only by rounding, which is large where all scores of a row are.
-  const VF power = min(set1(1), to.add(score, at.row, at.key) - at.lse - at.lse_rest);
+  const VF power = min(set1(1), to.adjusted(score, at.row, at.key) - at.lse - at.lse_rest);
   const VF weight = fast_exp2(power);
   VF met = weight;
   if (to.rules.drops()) {

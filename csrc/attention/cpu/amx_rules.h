@@ -30,8 +30,8 @@ struct Ruled {
   bool masked;          // whether the rules have to be asked for what is added
   const int32_t* kept;  // [key / 32][kKeptRows] bits, where there is dropout
 
-  TILEWISE_INLINE VF add(VF score, int i, int j) const {
-    return masked ? HeadRules::added(score, rules.add(row + i, key + j)) : score;
+  TILEWISE_INLINE VF adjusted(VF score, int i, int j) const {
+    return masked ? rules.adjusted(score, row + i, key + j) : score;
   }
   TILEWISE_INLINE VF keep(VF weight, int i, int j) const {
     const auto bits = __mmask16(uint32_t(kept[j / 32 * kKeptRows + i]) >> j % 32);
@@ -41,7 +41,7 @@ struct Ruled {
 
 TILEWISE_INLINE VF seen_score(const Ruled& to, VF score, VF reference, int i, int j) {
   if (to.rules.caps()) score = to.rules.cap(score);
-  return to.add(score, i, j) - reference;
+  return to.adjusted(score, i, j) - reference;
 }
 TILEWISE_INLINE VF met_weight(const Ruled& to, VF weight, int i, int j) {
   return to.rules.drops() ? to.keep(weight, i, j) : weight;

@@ -283,7 +283,8 @@ bool forward_task(const ForwardParams& p, const Runtime& rt, int64_t b, int64_t 
     task.attend_all();
     task.store_tiles(-diagonal_of(p, seq), -kInfinity);
   } else {
-    const HeadRules rules(p, seq, head);
+    HeadRules rules(p, seq, head);
+    rules.foresee(ruled_keys(p.rules));
     task.attend_ruled(rules);
     task.store_tiles(0, rules.sink());
   }

@@ -47,6 +47,7 @@ class HeadRules {
     if (r_.softcap > 0) cap_ = r_.softcap * kFloatLog2e;
     if (r_.dropout_threshold > 0) random_ = Philox(uint64_t(*r_.dropout_seed));
     if (r_.dropout_threshold < 65536) keep_scale_ = 65536.f / (65536 - r_.dropout_threshold);
+    hides_ = r_.window_left != kUnlimited || r_.window_right != kUnlimited || mask_ || blocks_;
     head_ = uint32_t(b * p.q_heads + head);
   }
 
@@ -104,17 +105,19 @@ class HeadRules {
     return span.sight == start.sight ? span.sight : Sight::some;
   }
 
-  // What is added to the scores of a row and the keys [key, key + W), -inf where hidden; key is a multiple of W. Keys
-  // that do not exist are hidden; rows may be asked for that do not exist.
-  TILEWISE_INLINE VF add(int64_t row, int64_t key) const {
+  // Scores of a row and the keys [key, key + W) with what the rules add, -inf where hidden; key is a multiple of W.
+  // Keys that do not exist are hidden; rows may be asked for that do not exist.
+  TILEWISE_INLINE VF adjusted(VF score, int64_t row, int64_t key) const {
     row = min_of(row, queries_ - 1);
     const VI from_diagonal = iota() + set1i(int32_t(key - row - diagonal_));
-    VF value = {};
-    if (bias_) value = bias(row, key);
-    if (r_.alibi_slopes) value -= __builtin_convertvector(from_diagonal, VF) * sign(from_diagonal) * slope_;
-    return select(seen(row, key, from_diagonal), value, set1(-kInfinity));
+    if (bias_) score += bias(row, key);
+    if (r_.alibi_slopes) score -= (VF)abs(__builtin_convertvector(from_diagonal, VF)) * slope_;
+    if (!hides_ && key + W <= keys_) return score;
+    return select(seen(row, key, from_diagonal), score, set1(-kInfinity));
   }
 
+  // The same in two steps: adjusted(score, row, key) is added(score, extra(row, key)).
+  TILEWISE_INLINE VF extra(int64_t row, int64_t key) const { return adjusted(VF{}, row, key); }
   TILEWISE_INLINE static VF added(VF score, VF extra) {
     return select(extra == set1(-kInfinity), extra, score + extra);
   }
@@ -135,14 +138,22 @@ class HeadRules {
   TILEWISE_INLINE VI keeps(const VU (&words)[4], int i) const {
     return (VI)(words[i / 2] >> (i % 2 * 16) & 0xffff) >= set1i(r_.dropout_threshold);
   }
+  // Rows of a bias are far apart and read a block of keys at a time, which no hardware foresees: the next block of
+  // `keys` is asked for while this one is used.
+  void foresee(int64_t keys) {
+    if (r_.bias) ahead_ = keys * r_.bias_key * size_of(r_.bias_type);
+  }
+
   float keep_scale() const { return keep_scale_; }
 
  private:
   const Rules& r_;
   int64_t keys_, queries_, diagonal_;
   int64_t left_, right_;
+  bool hides_;
   float slope_ = 0, sink_ = -kInfinity, cap_ = 0, keep_scale_ = 0;
   const char* bias_ = nullptr;
+  int64_t ahead_ = 0;  // bytes
   const uint32_t* mask_ = nullptr;
   const uint8_t* blocks_ = nullptr;
   Philox random_;
@@ -150,12 +161,11 @@ class HeadRules {
 
   static int size_of(Type type) { return type == Type::f32 ? 4 : 2; }
 
-  TILEWISE_INLINE static VF sign(VI v) { return select(v < VI{}, set1(-1), set1(1)); }
-
   // A bias below all finite scores hides a key by its size alone, unless all are as low: it stays finite.
   TILEWISE_INLINE VF bias(int64_t row, int64_t key) const {
     const char* from = bias_ + (row * r_.bias_row + key * r_.bias_key) * size_of(r_.bias_type);
     const int64_t count = keys_ - key;
+    __builtin_prefetch(from + ahead_, 0, 2);
     VF value;
     switch (r_.bias_type) {
       case Type::f32: value = spread(reinterpret_cast<const float*>(from), count); break;

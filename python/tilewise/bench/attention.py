@@ -1,5 +1,7 @@
 """Attention beside torch's scaled_dot_product_attention: forward, and forward with backward."""
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 
@@ -42,6 +44,44 @@ def _pair(name, device, dtype, shape, causal, forward_target=None, backward_targ
     yield Case(f"{name} fwd+bwd", differentiate(ours), differentiate(theirs), 3.5 * flops, 4 * tensors, backward_target)
 
 
+def _with_options(device):
+    """Options beside torch's operator with the same as its attn_mask; what blocks leave out, beside all of it."""
+    q, k, v = (torch.randn(1, 8, 1024, 64, device=device) for _ in range(3))
+    mask = torch.rand(1024, 1024, device=device) < 0.8
+    bias = torch.randn(8, 1024, 1024, device=device)
+    flops, tensors = 4 * 8 * 1024**2 * 64, 4 * q.nbytes
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        given = [t.to(dtype) for t in (q, k, v)]
+        ours, theirs = partial(tw.attention, *given), partial(F.scaled_dot_product_attention, *given)
+        bytes = tensors * dtype.itemsize / 4
+        yield Case(
+            f"{name} mask 1K d64", partial(ours, mask=mask), partial(theirs, attn_mask=mask), flops, bytes, target=1.2
+        )
+        cast = bias.to(dtype)
+        yield Case(
+            f"{name} bias 1K d64",
+            partial(ours, bias=cast),
+            partial(theirs, attn_mask=cast[None]),
+            flops,
+            bytes + cast.nbytes,
+            target=1.2,
+        )
+
+
+def _sparse(device, length=4096, heads=4, block=64):
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        q, k, v = (torch.randn(1, heads, length, 64, device=device, dtype=dtype) for _ in range(3))
+        flops, tensors = 4 * heads * length**2 * 64, 4 * q.nbytes
+        dense = partial(F.scaled_dot_product_attention, q, k, v)
+        for percent in (10, 25, 50, 100):
+            keep = torch.rand(1, heads, length // block, length // block, device=device) < percent / 100
+            ours = partial(tw.attention, q, k, v, block_mask=tw.BlockMask(keep, block))
+            yield Case(f"{name} {percent} % of blocks 4K / dense", ours, dense, flops * percent / 100, tensors)
+        ours = partial(tw.attention, q, k, v, causal=True, window=(256, 0))
+        causal = partial(F.scaled_dot_product_attention, q, k, v, is_causal=True)
+        yield Case(f"{name} causal window 256 4K / causal", ours, causal, flops * 256 / length, tensors)
+
+
 def _varlen(device, dtype=torch.float32, heads=8, dim=64):
     """Packed sequences of mixed lengths; torch pads them to the longest and masks the padding."""
     lengths = [1000, 40, 300, 700, 10, 500]
@@ -74,4 +114,5 @@ def _tiny(device):
 def cases(device: torch.device) -> list[Case]:
     rows = _CPU if device.type == "cpu" else _CUDA
     pairs = [case for name, *row in rows for case in _pair(name, device, *row)]
-    return [*pairs, _varlen(device), _tiny(device)]
+    options = [*_with_options(device), *_sparse(device)] if device.type == "cpu" else []
+    return [*pairs, *options, _varlen(device), _tiny(device)]

@@ -1,6 +1,7 @@
 """Attention in plain torch, in the dtype of its inputs."""
 
 import math
+from dataclasses import replace
 
 import torch
 
@@ -40,8 +41,12 @@ def attention(
     sink_logits=None,
     dropout_p=0.0,
     dropout_seed=0,
+    first_sequence=0,
 ):
-    """(out, lse); shapes as in :func:`tilewise.attention`."""
+    """(out, lse); shapes as in :func:`tilewise.attention`.
+
+    ``first_sequence`` is the place of the first of the batch among all that share the dropout's random numbers.
+    """
     group = q.shape[1] // k.shape[1] if k.shape[1] else 1
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
@@ -69,9 +74,27 @@ def attention(
     lse = scores.logsumexp(-1).masked_fill(blind, -math.inf) if scores.shape[-1] else scores.sum(-1) - math.inf
     weights = scores.softmax(-1).masked_fill(blind[..., None], 0)[..., :keys]
     if dropout_p:
-        kept = philox.keep(dropout_seed, dropout_p, *weights.shape).to(weights)
+        batch, *shape = weights.shape
+        kept = philox.keep(dropout_seed, dropout_p, first_sequence + batch, *shape)[first_sequence:].to(weights)
         weights = weights * kept / (1 - round(65536 * dropout_p) / 65536)
     return weights @ v, lse
+
+
+def _of_sequence(name, option, b, queries, keys):
+    """What an option of a packed call says about sequence ``b``."""
+    if name == "block_mask":
+        block_q, block_k = option.sizes
+        blocks = _of_sequence("blocks", option.blocks, b, -(-queries // block_q), -(-keys // block_k))
+        return replace(option, blocks=blocks)
+    if name == "alibi_slopes" and option.ndim == 2:
+        return option[b]
+    if name not in ("bias", "mask", "blocks"):
+        return option
+    option = option[(None,) * (4 - option.ndim)]
+    for dim, part in ((0, slice(b, b + 1)), (2, slice(queries)), (3, slice(keys))):
+        if option.shape[dim] > 1:
+            option = option[(slice(None),) * dim + (part,)]
+    return option
 
 
 def attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, *, causal=False, scale=None, **options):
@@ -82,7 +105,11 @@ def attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, *, causal=False, scale
     for b in range(len(starts_q) - 1):
         rows_q, rows_k = slice(starts_q[b], starts_q[b + 1]), slice(starts_k[b], starts_k[b + 1])
         heads_first = (t.transpose(0, 1)[None] for t in (q[rows_q], k[rows_k], v[rows_k]))
-        o, l = attention(*heads_first, causal=causal, scale=scale, **options)
+        lengths = starts_q[b + 1] - starts_q[b], starts_k[b + 1] - starts_k[b]
+        own = {name: _of_sequence(name, option, b, *lengths) for name, option in options.items() if option is not None}
+        if own.get("dropout_p"):
+            own["first_sequence"] = b
+        o, l = attention(*heads_first, causal=causal, scale=scale, **own)
         outs.append(o[0].transpose(0, 1))
         lses.append(l[0])
     return torch.cat(outs), torch.cat(lses, 1)
