@@ -2,7 +2,7 @@
 
 import torch as _torch  # noqa: F401  (first: the core looks for torch's thread team when it is loaded)
 
-from tilewise import _C, optim, reference, rope, speculative
+from tilewise import _C, optim, packing, reference, rope, speculative
 from tilewise.attention import (
     BlockMask,
     attention,
@@ -31,6 +31,7 @@ __all__ = [
     "matmul",
     "merge_attention",
     "optim",
+    "packing",
     "reference",
     "rope",
     "shared_prefix_attention",
