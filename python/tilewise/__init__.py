@@ -2,7 +2,7 @@
 
 import torch as _torch  # noqa: F401  (first: the core looks for torch's thread team when it is loaded)
 
-from tilewise import _C, optim, packing, reference, rope, speculative
+from tilewise import _C, block_sparsity, optim, packing, reference, rope, speculative
 from tilewise.attention import (
     BlockMask,
     attention,
@@ -25,6 +25,7 @@ __all__ = [
     "attention_block_max",
     "attention_column_sums",
     "attention_varlen",
+    "block_sparsity",
     "fft_conv",
     "info",
     "linear",
