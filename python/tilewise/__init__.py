@@ -2,7 +2,7 @@
 
 import torch as _torch  # noqa: F401  (first: the core looks for torch's thread team when it is loaded)
 
-from tilewise import _C, block_sparsity, compat, optim, packing, reference, rope, speculative
+from tilewise import _C, block_sparsity, compat, distributed, optim, packing, reference, rope, speculative
 from tilewise.attention import (
     BlockMask,
     attention,
@@ -27,6 +27,7 @@ __all__ = [
     "attention_varlen",
     "block_sparsity",
     "compat",
+    "distributed",
     "fft_conv",
     "info",
     "linear",

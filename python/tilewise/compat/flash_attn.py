@@ -19,6 +19,7 @@ float32, natural logarithm; S_dmask is None, as no matrix of probabilities exist
 
 import torch
 
+from tilewise import rope
 from tilewise._library import check_tensors
 from tilewise.attention import attention, attention_varlen
 from tilewise.speculative import append_kv
@@ -313,13 +314,8 @@ def _turned(x, past, cos, sin, interleaved, one_place=False):
     steps = torch.zeros(x.shape[1], dtype=torch.int64, device=x.device)
     steps = steps if one_place else torch.arange(x.shape[1], device=x.device)
     place = (past[:, None] + steps).clamp(0, cos.shape[0] - 1)
-    cos, sin = (t[place][:, :, None].float() for t in (cos, sin))
-    pairs = cos.shape[-1]
-    turning, rest = x[..., : 2 * pairs].float(), x[..., 2 * pairs :]
-    first, second = (turning[..., ::2], turning[..., 1::2]) if interleaved else turning.split(pairs, -1)
-    turned = (first * cos - second * sin, second * cos + first * sin)
-    turned = torch.stack(turned, -1).flatten(-2) if interleaved else torch.cat(turned, -1)
-    return torch.cat([turned.to(x.dtype), rest], -1)
+    tables = cos[place].float(), sin[place].float()
+    return rope.apply(_heads_first(x), tables, interleaved=interleaved).transpose(1, 2)
 
 
 def _window(window_size, causal):
