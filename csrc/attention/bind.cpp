@@ -123,6 +123,22 @@ void bind_attention(py::module_& m) {
     const Release release;
     attention_pack_mask(mask, keys, words, stream);
   });
+  const auto paged_options = [](bool causal, Scale scale, Length left, Length right, double softcap, Length splits) {
+    return PagedAttentionOptions{causal, scale, left, right, softcap, splits};
+  };
+  m.def("paged_attention_workspace", [](T q, T k_pages, T v_pages, T block_table, Length num_splits) {
+    PagedAttentionOptions options;
+    options.num_splits = num_splits;
+    return paged_attention_workspace(q, {k_pages, v_pages, block_table}, options);
+  });
+  m.def("paged_attention", [=](T q, T k_pages, T v_pages, T block_table, T seq_lens, bool causal, Scale scale,
+                               Length left, Length right, double softcap, Length num_splits, T out, T lse,
+                               OptionalT workspace) {
+    void* stream = q.stream();
+    const Release release;
+    paged_attention(q, {k_pages, v_pages, block_table}, seq_lens, out, lse,
+                    paged_options(causal, scale, left, right, softcap, num_splits), pointer_to(workspace), stream);
+  });
 }
 
 }  // namespace tilewise

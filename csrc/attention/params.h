@@ -1,5 +1,6 @@
 // What every backend of the family receives. Plain C: the per-ISA objects include it too.
 #pragma once
+#include "common/paged/params.h"
 #include "common/runtime.h"
 
 namespace tilewise::attention {
@@ -87,6 +88,12 @@ struct PackMaskParams {
   int64_t sizes[3], strides[3], key_stride, keys;
 };
 
+// Token i of `tokens` stands at key seq_lens[b] - tokens + i, its diagonal.
+struct PagedParams : paged::AttentionParams {
+  const int32_t* seq_lens;        // [b], all keys of a sequence, those of the new tokens among them
+  int window_left, window_right;  // keys from diagonal - left to diagonal + right are seen; kUnlimited
+};
+
 // Partial results over disjoint sets of keys, joined. Rows count through (b, h, s) in that order; lse and its like are
 // contiguous.
 constexpr int kMaxParts = 16;
@@ -143,6 +150,7 @@ struct Kernels {
   KernelFn<ForwardParams> forward;
   KernelFn<BackwardParams> backward;
   KernelFn<PackMaskParams> pack_mask;
+  KernelFn<PagedParams> paged;
   KernelFn<MergeParams> merge;
   KernelFn<MergeBackwardParams> merge_backward;
   KernelFn<RopeParams> rope;

@@ -1,15 +1,14 @@
 // What every backend of the family receives. Plain C: the per-ISA objects include it too.
 #pragma once
-#include "common/runtime.h"
+#include "common/paged/params.h"
 
 namespace tilewise::speculative {
 
 constexpr int kMaxNodes = 256;
 constexpr int kWordBits = 64;
-constexpr int kMaxHeadDim = 256;
 constexpr int kMaxLayers = 128;  // caches that one launch of compact_kv moves
 
-enum class Type : int { f32, f16, bf16 };
+using paged::BlockTable, paged::kMaxHeadDim, paged::PageStrides, paged::Type;
 
 struct TreeFinalizeParams {
   const int32_t* parent;    // [b, n]
@@ -53,31 +52,10 @@ struct TableUpdateParams {
   int batch, nodes, vocab, candidates;
 };
 
-// K and V of a layer in pages, and whose pages they are. Strides in elements; the head dimension is contiguous.
-struct PageStrides {
-  int64_t page, slot, head;
-};
-struct BlockTable {
-  const int32_t* pages;  // [b, pages_per_row]
-  int64_t row_stride;
-  int pages_per_row, page_size;
-  int pool;  // pages that exist
-};
-
-struct TreeAttentionParams {
-  const void* q;                  // [b, n, hq, d]
-  const void *k_pages, *v_pages;  // [p, page_size, hkv, d]
-  BlockTable table;
-  const int32_t* prefix_len;      // [b]
-  const uint64_t* ancestor_bits;  // [b, n, words]; a node without bits is padding
-  void* out;                      // [b, n, hq, d] contiguous
-  float* lse;                     // [b, n, hq] contiguous, natural logarithm
-  float* workspace;               // CUDA only: [splits, b, n, hq, d] partial outputs, then [splits, b, n, hq] their lse
-  int64_t q_batch, q_node, q_head;
-  PageStrides k_strides, v_strides;
-  int batch, nodes, q_heads, kv_heads, dim, words, splits;
-  float scale;
-  Type type;
+struct TreeAttentionParams : paged::AttentionParams {  // tokens are nodes
+  const int32_t* prefix_len;                           // [b]
+  const uint64_t* ancestor_bits;                       // [b, n, words]; a node without bits is padding
+  int words;
 };
 
 struct AppendParams {

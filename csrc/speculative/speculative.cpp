@@ -5,6 +5,7 @@
 
 #include "common/check.h"
 #include "common/dispatch.h"
+#include "common/paged/checks.h"
 #include "speculative/params.h"
 
 namespace tilewise {
@@ -15,11 +16,8 @@ namespace {
 
 using namespace speculative;
 
-constexpr int64_t kMaxExtent = INT32_MAX;  // kernels count positions, tokens and pages in 32 bits
-
-Type type_of(const Tensor& t) {
-  return t.dtype == DType::f32 ? Type::f32 : t.dtype == DType::f16 ? Type::f16 : Type::bf16;
-}
+using paged::check_block_table, paged::check_cache, paged::check_pages, paged::kMaxExtent, paged::page_strides;
+using paged::type_of;
 
 // Index tensors are small and dense: i32, contiguous, on `like`'s device.
 void check_indices(const Check& check, const Tensor& t, const char* name, std::initializer_list<int64_t> shape,
@@ -71,51 +69,7 @@ void check_tokens(const Check& check, const Tensor& tokens, const char* name, in
   }
 }
 
-// Positions [0, end) of sequence b stand in existing pages.
-void check_pages(const Check& check, const BlockTable& table, int64_t b, const char* name, int64_t start, int64_t end) {
-  const int64_t capacity = int64_t(table.pages_per_row) * table.page_size;
-  check.that(start >= 0 && end <= capacity, name,
-             "of sequence %ld is %ld and its last position would be %ld, expected positions in [0, %ld) (block_table)",
-             b, start, end - 1, capacity);
-  const int32_t* row = table.pages + b * table.row_stride;
-  for (int64_t i = 0; i * table.page_size < end; i++)
-    check.that(row[i] >= 0 && row[i] < table.pool, "block_table", "[%ld, %ld] is %d, expected 0 <= page < %d", b, i,
-               row[i], table.pool);
-}
-
 // ---- paged caches ----
-
-PageStrides page_strides(const Tensor& t) {
-  return {t.strides[0], t.strides[1], t.strides[2]};
-}
-
-void check_cache(const Check& check, const Tensor& k_pages, const Tensor& v_pages) {
-  check.dims(k_pages, "k_pages", 4);
-  check.dtype(k_pages, "k_pages", {DType::f32, DType::f16, DType::bf16});
-  check.last_dim_contiguous(k_pages, "k_pages");
-  check.shape(v_pages, "v_pages", {k_pages.shape[0], k_pages.shape[1], k_pages.shape[2], k_pages.shape[3]});
-  check.same_dtype(v_pages, "v_pages", k_pages, "k_pages");
-  check.same_device(v_pages, "v_pages", k_pages, "k_pages");
-  check.last_dim_contiguous(v_pages, "v_pages");
-  check.that(k_pages.shape[1] >= 1, "k_pages", "has page size %ld, expected at least 1", k_pages.shape[1]);
-  check.that(k_pages.shape[2] >= 1, "k_pages", "has %ld heads, expected at least 1", k_pages.shape[2]);
-  check.that(k_pages.shape[3] >= 1 && k_pages.shape[3] <= kMaxHeadDim, "k_pages", "has head dim %ld, expected 1 to %d",
-             k_pages.shape[3], kMaxHeadDim);
-  check.that(k_pages.shape[0] <= kMaxExtent && k_pages.shape[1] <= kMaxExtent, "k_pages",
-             "has %ld pages of %ld tokens, expected at most %ld of each", k_pages.shape[0], k_pages.shape[1],
-             kMaxExtent);
-}
-
-BlockTable check_block_table(const Check& check, const Tensor& table, const Tensor& k_pages, int64_t batch) {
-  check.dtype(table, "block_table", {DType::i32});
-  check.shape(table, "block_table", {batch, kAny});
-  check.same_device(table, "block_table", k_pages, "k_pages");
-  check.last_dim_contiguous(table, "block_table");
-  check.that(table.shape[1] * k_pages.shape[1] <= kMaxExtent, "block_table",
-             "has %ld pages of %ld tokens per row, expected at most %ld tokens", table.shape[1], k_pages.shape[1],
-             kMaxExtent);
-  return {table.ptr<int32_t>(), table.strides[0], int(table.shape[1]), int(k_pages.shape[1]), int(k_pages.shape[0])};
-}
 
 int row_bytes(const Tensor& pages) {
   return int(pages.shape[3]) * item_size(pages.dtype);
@@ -260,15 +214,6 @@ void table_update(const Tensor& table, const Tensor& tokens, const Tensor& topk,
 
 namespace {
 
-// Ranges of keys that the CUDA kernels share out. Only shapes decide: the lengths are on the device.
-int cuda_splits(const Tensor& q, const Tensor& k_pages, const Tensor& block_table) {
-  constexpr int64_t kBlocks = 264, kRows = 64, kMinKeys = 256;  // two blocks for each of 132 multiprocessors
-  const int64_t group = q.shape[2] / k_pages.shape[2], row_tiles = (q.shape[1] * group + kRows - 1) / kRows;
-  const int64_t units = std::max<int64_t>(1, q.shape[0] * k_pages.shape[2] * row_tiles);
-  const int64_t capacity = block_table.shape[1] * k_pages.shape[1];
-  return int(std::max<int64_t>(1, std::min((kBlocks + units - 1) / units, capacity / kMinKeys)));
-}
-
 void check_attention_shapes(const Check& check, const Tensor& q, const Tensor& k_pages) {
   check.dims(q, "q", 4);
   check.last_dim_contiguous(q, "q");
@@ -286,8 +231,11 @@ void check_attention_shapes(const Check& check, const Tensor& q, const Tensor& k
 int64_t tree_attention_workspace(const Tensor& q, const Tensor& k_pages, const Tensor& block_table) {
   if (host_checks_indices(q.device) || q.ndim != 4 || k_pages.ndim != 4 || block_table.ndim != 2) return 0;
   if (k_pages.shape[2] == 0 || q.numel() == 0) return 0;
-  const int64_t splits = cuda_splits(q, k_pages, block_table);
-  return splits > 1 ? splits * q.shape[0] * q.shape[1] * q.shape[2] * (q.shape[3] + 1) : 0;
+  paged::AttentionParams p = {};
+  p.batch = int(q.shape[0]), p.tokens = int(q.shape[1]), p.q_heads = int(q.shape[2]);
+  p.kv_heads = int(k_pages.shape[2]);
+  p.table.pages_per_row = int(block_table.shape[1]), p.table.page_size = int(k_pages.shape[1]);
+  return paged::workspace_floats(paged::cuda_splits(p), q.numel() / q.shape[3], q.shape[3]);
 }
 
 void tree_attention(const Tensor& q, const Cache& cache, const Tensor& prefix_len, const Tensor& ancestor_bits,
@@ -297,7 +245,8 @@ void tree_attention(const Tensor& q, const Cache& cache, const Tensor& prefix_le
   check_cache(check, k_pages, v_pages);
   check_attention_shapes(check, q, k_pages);
   const int64_t batch = q.shape[0], nodes = q.shape[1], heads = q.shape[2], dim = q.shape[3];
-  const BlockTable table = check_block_table(check, cache.block_table, k_pages, batch);
+  TreeAttentionParams p = {};
+  p.table = check_block_table(check, cache.block_table, k_pages, batch);
   check_indices(check, prefix_len, "prefix_len", {batch}, q, "q");
   check_bits(check, ancestor_bits, batch, nodes, q, "q");
   check.shape(out, "out", {batch, nodes, heads, dim});
@@ -316,40 +265,25 @@ void tree_attention(const Tensor& q, const Cache& cache, const Tensor& prefix_le
       const int64_t prefix = prefix_len.ptr<int32_t>()[b], used = nodes_in_use(ancestor_bits, b);
       check.that(used <= nodes, "ancestor_bits", "of sequence %ld name node %ld, expected nodes below %ld", b, used - 1,
                  nodes);
-      check_pages(check, table, b, "prefix_len", prefix, prefix + used);
+      check_pages(check, p.table, b, "prefix_len", prefix, prefix + used);
     }
-  const int splits = host ? 1 : cuda_splits(q, k_pages, cache.block_table);
-  if (splits > 1) {
-    const int64_t needed = tree_attention_workspace(q, k_pages, cache.block_table);
-    check.that(workspace && workspace->dtype == DType::f32 && workspace->contiguous() && workspace->numel() >= needed,
-               "workspace", "has %ld elements, expected a contiguous float32 tensor of at least %ld",
-               workspace ? workspace->numel() : 0, needed);
-    check.same_device(*workspace, "workspace", q, "q");
+  p.q = q.data, p.k_pages = k_pages.data, p.v_pages = v_pages.data, p.out = out.data, p.lse = lse.ptr<float>();
+  p.q_strides = {q.strides[0], q.strides[1], q.strides[2]};
+  p.out_strides = {nodes * heads * dim, heads * dim, dim};
+  p.lse_strides = {nodes * heads, heads, 1};
+  p.k_strides = page_strides(k_pages), p.v_strides = page_strides(v_pages);
+  p.batch = int(batch), p.tokens = int(nodes), p.q_heads = int(heads), p.dim = int(dim);
+  p.kv_heads = int(k_pages.shape[2]);
+  p.scale = scale;
+  p.type = type_of(q);
+  p.prefix_len = prefix_len.ptr<int32_t>();
+  p.ancestor_bits = ancestor_bits.ptr<uint64_t>();
+  p.words = int(ancestor_bits.shape[2]);
+  if (!host) {
+    p.splits = paged::cuda_splits(p);
+    p.workspace = paged::check_workspace(check, workspace, tree_attention_workspace(q, k_pages, cache.block_table), q);
   }
-  const TreeAttentionParams params = {q.data,
-                                      k_pages.data,
-                                      v_pages.data,
-                                      table,
-                                      prefix_len.ptr<int32_t>(),
-                                      ancestor_bits.ptr<uint64_t>(),
-                                      out.data,
-                                      lse.ptr<float>(),
-                                      splits > 1 ? workspace->ptr<float>() : nullptr,
-                                      q.strides[0],
-                                      q.strides[1],
-                                      q.strides[2],
-                                      page_strides(k_pages),
-                                      page_strides(v_pages),
-                                      int(batch),
-                                      int(nodes),
-                                      int(heads),
-                                      int(k_pages.shape[2]),
-                                      int(dim),
-                                      int(ancestor_bits.shape[2]),
-                                      splits,
-                                      scale,
-                                      type_of(q)};
-  run_kernel("tree_attention", kKernels, q.device, &Kernels::tree_attention, params, stream);
+  run_kernel("tree_attention", kKernels, q.device, &Kernels::tree_attention, p, stream);
 }
 
 void append_kv(const Cache& cache, const Tensor& start, const Tensor& k, const Tensor& v, const Tensor* n_nodes,

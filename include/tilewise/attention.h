@@ -9,7 +9,7 @@
 #pragma once
 #include <optional>
 
-#include "tilewise/tensor.h"
+#include "tilewise/cache.h"
 
 namespace tilewise {
 
@@ -74,6 +74,25 @@ void attention_varlen_backward(const Tensor& dout, const Tensor* dlse, const Ten
                                const Tensor& dq, const Tensor& dk, const Tensor& dv, const Tensor& delta,
                                const AttentionOptions& options = {}, const AttentionOptionGradients& gradients = {},
                                void* stream = nullptr);
+
+struct PagedAttentionOptions {
+  bool causal = true;
+  std::optional<double> scale;                       // default: 1 / sqrt(D)
+  std::optional<int64_t> window_left, window_right;  // as in AttentionOptions
+  double softcap = 0;                                // as in AttentionOptions
+  std::optional<int64_t> num_splits;                 // ranges of keys worked on at a time; default: as shapes suggest
+};
+
+// How many floats of workspace paged_attention needs for these shapes; 0 on CPU.
+int64_t paged_attention_workspace(const Tensor& q, const Cache& cache, const PagedAttentionOptions& options = {});
+
+// Attention of S new tokens of each sequence to its keys in the cache, of which there are seq_lens i32 [B], those of
+// the new tokens included: query i stands at key seq_lens[b] - S + i. q, out [B, Hq, S, D] of the pages' type; lse f32
+// [B, Hq, S] contiguous. A query that sees no key gets out 0 and lse -inf. On CPU the same bits for any number of
+// threads.
+void paged_attention(const Tensor& q, const Cache& cache, const Tensor& seq_lens, const Tensor& out, const Tensor& lse,
+                     const PagedAttentionOptions& options = {}, const Tensor* workspace = nullptr,
+                     void* stream = nullptr);
 
 // Partial results over disjoint sets of keys, joined as if one call had seen all of them:
 //

@@ -9,7 +9,7 @@
 // Integer tensors are i32 and contiguous unless said otherwise; float tensors may have any strides whose last dimension
 // is contiguous.
 #pragma once
-#include "tilewise/tensor.h"
+#include "tilewise/cache.h"
 
 namespace tilewise {
 
@@ -45,11 +45,6 @@ void tree_from_sequences(const Tensor& sequences, const Tensor& root_tokens, con
 // all). Of several rows for one token the last in (b, i) order stays.
 void table_update(const Tensor& table, const Tensor& tokens, const Tensor& topk, const Tensor* n_nodes,
                   void* stream = nullptr);
-
-struct Cache {
-  const Tensor &k_pages, &v_pages;  // [P, page_size, Hkv, D]
-  const Tensor& block_table;        // i32[B, pages], rows may be strided
-};
 
 // How many floats of workspace tree_attention needs for these shapes; 0 on CPU.
 int64_t tree_attention_workspace(const Tensor& q, const Tensor& k_pages, const Tensor& block_table);

@@ -10,6 +10,7 @@ from tilewise.attention import (
     attention_column_sums,
     attention_varlen,
     merge_attention,
+    paged_attention,
     shared_prefix_attention,
     tensor_attention,
 )
@@ -35,6 +36,7 @@ __all__ = [
     "merge_attention",
     "optim",
     "packing",
+    "paged_attention",
     "reference",
     "rope",
     "shared_prefix_attention",

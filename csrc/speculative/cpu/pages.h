@@ -1,6 +1,7 @@
-// Where the rows of a sequence stand in the page pool, and moving them.
+// Writing and moving rows of paged caches.
 #pragma once
 #include "common/isa.h"
+#include "common/paged/cpu/cursor.h"
 #include "speculative/params.h"
 
 namespace tilewise {
@@ -8,25 +9,8 @@ namespace {
 
 using namespace speculative;
 
-// Walks a sequence's positions in order without a division per position.
-struct PageCursor {
-  const int32_t* pages;
-  int page_size, slot;
-
-  PageCursor(const BlockTable& table, int64_t b, int64_t position)
-      : pages(table.pages + b * table.row_stride + position / table.page_size),
-        page_size(table.page_size),
-        slot(int(position % table.page_size)) {}
-  int64_t offset(const PageStrides& s) const { return *pages * s.page + slot * s.slot; }
-  void next() {
-    if (++slot < page_size) return;
-    slot = 0;
-    pages++;
-  }
-};
-
 inline int64_t row_offset(const BlockTable& table, int64_t b, int64_t position, const PageStrides& s) {
-  return PageCursor(table, b, position).offset(s);
+  return paged::PageCursor(table, b, position).offset(s);
 }
 
 // Copies every head's row of one token.

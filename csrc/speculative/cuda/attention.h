@@ -26,24 +26,24 @@ SIMT_DEVICE int checked_prefix(const TreeAttentionArgs& a, int b, int used) {
 }
 
 SIMT_DEVICE const uint32_t* mask_of(const TreeAttentionParams& p, int b, int node) {
-  return reinterpret_cast<const uint32_t*>(p.ancestor_bits + ((int64_t)b * p.nodes + node) * p.words);
+  return reinterpret_cast<const uint32_t*>(p.ancestor_bits + ((int64_t)b * p.tokens + node) * p.words);
 }
 
 // 1 + the highest node that `node` sees; 0 for padding.
 SIMT_DEVICE int nodes_seen(const TreeAttentionParams& p, int b, int node) {
   const uint32_t* mask = mask_of(p, b, node);
   for (int w = 2 * p.words - 1; w >= 0; w--)
-    if (mask[w]) return w * 32 + 32 - clz(mask[w]) < p.nodes ? w * 32 + 32 - clz(mask[w]) : p.nodes;
+    if (mask[w]) return w * 32 + 32 - clz(mask[w]) < p.tokens ? w * 32 + 32 - clz(mask[w]) : p.tokens;
   return 0;
 }
 
 // Where one block's or warp's result goes: the output itself, or its share of the workspace.
 SIMT_DEVICE float* partial_out(const TreeAttentionParams& p, int split, int64_t row) {
-  const int64_t rows = (int64_t)p.batch * p.nodes * p.q_heads;
+  const int64_t rows = (int64_t)p.batch * p.tokens * p.q_heads;
   return p.workspace + (split * rows + row) * p.dim;
 }
 SIMT_DEVICE float* partial_lse(const TreeAttentionParams& p, int split, int64_t row) {
-  const int64_t rows = (int64_t)p.batch * p.nodes * p.q_heads;
+  const int64_t rows = (int64_t)p.batch * p.tokens * p.q_heads;
   return p.workspace + p.splits * rows * p.dim + split * rows + row;
 }
 
@@ -68,7 +68,7 @@ struct TreeAttention {
   SIMT_DEVICE static int node_of(const Tile& t, int r) { return (t.first_row + r) / t.group; }
   SIMT_DEVICE static int head_of(const Tile& t, int r) { return t.kv_head * t.group + (t.first_row + r) % t.group; }
   SIMT_DEVICE static int64_t out_row(const TreeAttentionParams& p, const Tile& t, int r) {
-    return ((int64_t)t.b * p.nodes + node_of(t, r)) * p.q_heads + head_of(t, r);
+    return ((int64_t)t.b * p.tokens + node_of(t, r)) * p.q_heads + head_of(t, r);
   }
 
   SIMT_DEVICE static Tile find_tile(const Params& a) {
@@ -78,7 +78,7 @@ struct TreeAttention {
     t.kv_head = (int)block_idx().z % p.kv_heads;
     t.group = p.q_heads / p.kv_heads;
     t.first_row = (int)block_idx().x * kRows;
-    t.rows = p.nodes * t.group - t.first_row < kRows ? p.nodes * t.group - t.first_row : kRows;
+    t.rows = p.tokens * t.group - t.first_row < kRows ? p.tokens * t.group - t.first_row : kRows;
     t.split = (int)block_idx().y;
     int used = 0;  // every warp finds it for itself
     for (int r = lane_id(); r < t.rows; r += kWarp) {
@@ -99,7 +99,8 @@ struct TreeAttention {
       const int r = i / kChunks, c = i % kChunks;
       const bool real = r < t.rows;
       const T* from = static_cast<const T*>(p.q);
-      if (real) from += t.b * p.q_batch + node_of(t, r) * p.q_node + head_of(t, r) * p.q_head + c * 8;
+      if (real)
+        from += t.b * p.q_strides.batch + node_of(t, r) * p.q_strides.token + head_of(t, r) * p.q_strides.head + c * 8;
       cp_async16(to + at(r, c), from, real);
     }
   }

@@ -34,7 +34,7 @@ struct MergeSplits {
   SIMT_DEVICE static void run(const Params& a, Smem&) {
     const TreeAttentionParams& p = a.p;
     const int64_t row = (int64_t)block_idx().x * kWarps + warp_id();
-    if (row >= (int64_t)p.batch * p.nodes * p.q_heads) return;
+    if (row >= (int64_t)p.batch * p.tokens * p.q_heads) return;
     float top = -INFINITY, total = 0.f;
     for (int s = 0; s < p.splits; s++) top = fmaxf(top, *partial_lse(p, s, row));
     const float base = top == -INFINITY ? 0.f : top;
@@ -90,7 +90,7 @@ struct TreeAttentionRows {
   SIMT_DEVICE static void run(const Params& a, Smem&) {
     const TreeAttentionParams& p = a.p;
     const int at = (int)block_idx().x * kWarps + warp_id(), split = (int)block_idx().y, b = (int)block_idx().z;
-    if (at >= p.nodes * p.q_heads) return;
+    if (at >= p.tokens * p.q_heads) return;
     const int node = at / p.q_heads, head = at % p.q_heads, kv_head = head / (p.q_heads / p.kv_heads);
     const int used = nodes_seen(p, b, node), prefix = checked_prefix(a, b, used), end = used ? prefix + used : 0;
     const int share = ceil_div(end, p.splits), first = split * share, last = first + share < end ? first + share : end;
@@ -98,7 +98,7 @@ struct TreeAttentionRows {
 #pragma unroll
     for (int i = 0; i < kPerLane; i++) {
       const int d = lane_id() + i * kWarp;
-      const int64_t from = b * p.q_batch + node * p.q_node + head * p.q_head + d;
+      const int64_t from = b * p.q_strides.batch + node * p.q_strides.token + head * p.q_strides.head + d;
       q[i] = d < p.dim ? load_float(static_cast<const T*>(p.q) + from) * p.scale * kLog2e : 0.f;
     }
     for (int key = first; key < last; key += kKeys) {
@@ -125,7 +125,7 @@ struct TreeAttentionRows {
         }
       }
     }
-    write(p, split, ((int64_t)b * p.nodes + node) * p.q_heads + head, out, top, sum);
+    write(p, split, ((int64_t)b * p.tokens + node) * p.q_heads + head, out, top, sum);
   }
 
   SIMT_DEVICE static void write(const TreeAttentionParams& p, int split, int64_t row, const float (&out)[kPerLane],

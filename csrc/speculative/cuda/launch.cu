@@ -44,21 +44,21 @@ bool aligned(const void* p, std::initializer_list<int64_t> strides) {
 
 bool tensor_cores_serve(const TreeAttentionParams& p) {
   const PageStrides &k = p.k_strides, &v = p.v_strides;
-  return (p.dim == 64 || p.dim == 128) && aligned(p.q, {p.q_batch, p.q_node, p.q_head}) &&
+  return (p.dim == 64 || p.dim == 128) && aligned(p.q, {p.q_strides.batch, p.q_strides.token, p.q_strides.head}) &&
          aligned(p.k_pages, {k.page, k.slot, k.head}) && aligned(p.v_pages, {v.page, v.slot, v.head});
 }
 
 template <class T, int D>
 const char* attend_tiles(const TreeAttentionArgs& a, const Runtime& rt) {
   const TreeAttentionParams& p = a.p;
-  const int rows = p.nodes * (p.q_heads / p.kv_heads);
+  const int rows = p.tokens * (p.q_heads / p.kv_heads);
   const dim3 grid(ceil_div(rows, TreeAttention<T, D>::kRows), p.splits, p.batch * p.kv_heads);
   return launch<TreeAttention<T, D>>(grid, a, rt.stream);
 }
 
 template <class T>
 const char* attend_rows(const TreeAttentionArgs& a, const Runtime& rt) {
-  const dim3 grid(ceil_div(a.p.nodes * a.p.q_heads, TreeAttentionRows<T>::kWarps), a.p.splits, a.p.batch);
+  const dim3 grid(ceil_div(a.p.tokens * a.p.q_heads, TreeAttentionRows<T>::kWarps), a.p.splits, a.p.batch);
   return launch<TreeAttentionRows<T>>(grid, a, rt.stream);
 }
 
@@ -72,7 +72,7 @@ const char* attend(const TreeAttentionArgs& a, const Runtime& rt) {
   else
     why = a.p.dim == 64 ? attend_tiles<T, 64>(a, rt) : attend_tiles<T, 128>(a, rt);
   if (why || a.p.splits == 1) return why;
-  const int rows = a.p.batch * a.p.nodes * a.p.q_heads;
+  const int rows = a.p.batch * a.p.tokens * a.p.q_heads;
   return launch<MergeSplits<T>>(dim3(ceil_div(rows, MergeSplits<T>::kWarps)), a, rt.stream);
 }
 

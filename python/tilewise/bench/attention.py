@@ -111,8 +111,32 @@ def _tiny(device):
     )
 
 
+def _decode(device, dtype, heads, kv_heads, keys=8192, dim=128, page=16, target=None):
+    """One token behind a cache in pages, beside torch, whose keys and values lie ready in its own layout."""
+    pages = -(-keys // page)
+    k_pages, v_pages = torch.randn(2, pages, page, kv_heads, dim, device=device).to(dtype)
+    table = torch.randperm(pages, device=device)[None].int()
+    lens = torch.tensor([keys], dtype=torch.int32, device=device)
+    q = torch.randn(1, heads, 1, dim, device=device).to(dtype)
+    gathered = (p.index_select(0, table[0]).flatten(0, 1)[:keys] for p in (k_pages, v_pages))
+    k, v = (t.transpose(0, 1)[None].contiguous() for t in gathered)
+    return Case(
+        f"decode {str(dtype)[6:]} {heads}/{kv_heads} heads d{dim} {keys} keys",
+        lambda: tw.paged_attention(q, k_pages, v_pages, table, lens),
+        lambda: F.scaled_dot_product_attention(q, k, v, enable_gqa=heads != kv_heads),
+        flops=4 * heads * dim * keys,
+        bytes=2 * keys * kv_heads * dim * q.element_size(),
+        target=target,
+    )
+
+
 def cases(device: torch.device) -> list[Case]:
     rows = _CPU if device.type == "cpu" else _CUDA
     pairs = [case for name, *row in rows for case in _pair(name, device, *row)]
     options = [*_with_options(device), *_sparse(device)] if device.type == "cpu" else []
-    return [*pairs, *options, _varlen(device), _tiny(device)]
+    decode = [
+        _decode(device, torch.bfloat16, 32, 8, target=2.3),
+        _decode(device, torch.bfloat16, 8, 8),
+        _decode(device, torch.float32, 32, 8),
+    ]
+    return [*pairs, *options, _varlen(device), *decode, _tiny(device)]

@@ -113,3 +113,15 @@ def attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, *, causal=False, scale
         outs.append(o[0].transpose(0, 1))
         lses.append(l[0])
     return torch.cat(outs), torch.cat(lses, 1)
+
+
+def paged_attention(q, k_pages, v_pages, block_table, seq_lens, *, window=None, causal=True, **options):
+    """(out, lse); shapes as in :func:`tilewise.paged_attention`."""
+    outs, lses = [q[:0]], [q[:0, ..., 0]]
+    for b, length in enumerate(seq_lens.tolist()):
+        rows = (pages[block_table[b].long()].flatten(0, 1)[:length] for pages in (k_pages, v_pages))
+        k, v = (t.transpose(0, 1)[None] for t in rows)
+        out, lse = attention(q[b : b + 1], k, v, window=window, causal=causal, **options)
+        outs.append(out)
+        lses.append(lse)
+    return torch.cat(outs), torch.cat(lses)

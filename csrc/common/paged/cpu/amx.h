@@ -1,36 +1,32 @@
-// Tree attention on AMX tiles: a task's rows in tiles of 32, each block of keys packed once for all of them.
+// Paged attention on AMX tiles: a task's rows in tiles of 32, each block of keys packed once for all of them.
 #pragma once
+#include "common/paged/cpu/attention.h"
 #include "common/tile_attention.h"
-#include "speculative/cpu/attention.h"
 
-namespace tilewise {
+namespace tilewise::paged {
 namespace {
 
 constexpr int kMatrixRows = 2 * kTileRows, kMatrixTiles = kTaskRows / kMatrixRows;
 
-// Row i of a tile sees node first_node + key where its ancestor bits say so.
-struct SeesNodes {
-  const uint64_t* bits[kMatrixRows];  // of the rows' nodes; null beyond the last row
-  int words, first_node, count;
+// Row i of a tile sees the keys of the block that its bits name.
+struct SeesBits {
+  KeyBits bits[kMatrixRows];
+  int count;
 
   TILEWISE_INLINE VF hide(VF score, int row, int key) const {
-    const int node = first_node + key, word = node / kWordBits, shift = node % kWordBits;
-    uint64_t seen = 0;
-    if (bits[row] && word < words) seen = bits[row][word] >> shift;
-    if (bits[row] && shift > kWordBits - W && word + 1 < words) seen |= bits[row][word + 1] << (kWordBits - shift);
-    const auto mask = __mmask16(seen) & lane_mask(max_of(0, count - key));
+    const auto mask = __mmask16(bits[row].words[key / 64] >> key % 64) & lane_mask(max_of(0, count - key));
     return (VF)_mm512_mask_mov_ps(_mm512_set1_ps(-kInfinity), __mmask16(mask), (__m512)score);
   }
 };
 
-template <class T>
+template <class T, class Visibility>
 struct MatrixTask {
-  const Task<T>& task;
+  const Task<Visibility>& task;
   TileAttention<T> attention;
   int tiles;
   AttentionRows rows[kMatrixTiles];
 
-  MatrixTask(const Task<T>& task)
+  MatrixTask(const Task<Visibility>& task)
       : task(task),
         attention(task.p.dim, task.p.dim, task.p.scale * kLog2e, task.rows),
         tiles(static_cast<int>(ceil_div(task.rows, kMatrixRows))) {}
@@ -49,46 +45,51 @@ struct MatrixTask {
     for (int t = 0; t < tiles; t++, q += q_size, at += state) {
       float* sums = at + kMatrixRows * attention.columns();
       rows[t] = {q, at, sums, sums + kMatrixRows * W, false};
-      attention.pack_queries(q, [&](int i) { return task.query(t * kMatrixRows + i); }, tile_rows(t), kMatrixRows);
+      attention.pack_queries(
+          q, [&](int i) { return task.template query<T>(t * kMatrixRows + i); }, tile_rows(t), kMatrixRows);
     }
     return true;
   }
 
-  // What the tiles see of a block of `count` keys of the prefix (node < 0), or of the nodes from `node` on.
+  // What the tiles see of a block of `count` keys from `first` on.
   struct Plan {
     const MatrixTask& work;
-    int count, node;
+    int64_t first;
+    int count;
 
     int rows(int t) const { return work.tile_rows(t); }
     int keys(int) const { return count; }
     template <class F>
     void see(int t, const F& f) const {
-      if (node < 0) return count % kTileDepth == 0 ? f(SeesAll()) : f(SeesUpTo{count, count});
-      SeesNodes sees = {{}, work.task.p.words, node, count};
-      for (int i = 0; i < rows(t); i++) sees.bits[i] = work.task.bits(t * kMatrixRows + i);
+      const Task<Visibility>& task = work.task;
+      if (task.keys.full(first)) return count % kTileDepth == 0 ? f(SeesAll()) : f(SeesUpTo{count, count});
+      SeesBits sees;
+      sees.count = count;
+      for (int i = 0; i < rows(t); i++) sees.bits[i] = task.visible.seen(task.token(t * kMatrixRows + i), first);
       f(sees);
     }
   };
 
   void run() {
     const TileScope scope;
-    const int block = min_of(attention.keys(), kKeyBlock / kTileDepth * kTileDepth), dim = task.p.dim;
-    KeyRows<T> blocks[2];
-    blocks[0].find(task, task.first_key, block_end(task, task.first_key, block));
-    for (int j = 0; j < blocks[0].count; j++) blocks[0].prefetch(j, dim);
+    const int block = min_of(attention.keys(), kKeyBlock / kTileDepth * kTileDepth);
+    const KeyRange& keys = task.keys;
+    KeyRows blocks[2];
+    blocks[0].find(task, keys.first, keys.block_end(keys.first, block), sizeof(T));
+    for (int j = 0; j < blocks[0].count; j++) blocks[0].prefetch(j);
     for (int turn = 0; blocks[turn].count; turn ^= 1) {
-      const KeyRows<T>& now = blocks[turn];
-      KeyRows<T>& next = blocks[turn ^ 1];
+      const KeyRows& now = blocks[turn];
+      KeyRows& next = blocks[turn ^ 1];
       const int64_t end = now.first + now.count;
-      next.find(task, end, block_end(task, end, block));
-      auto rows_of = [&](const T* const* at, const T* const* ahead) {
+      next.find(task, end, keys.block_end(end, block), sizeof(T));
+      auto rows_of = [&](const char* const* at, const char* const* ahead) {
         return [=, &next](int i) {
-          if (i < next.count) prefetch_row(ahead[i], dim);
-          return at[i];
+          if (i < next.count) KeyRows::prefetch_row(ahead[i], next.row_bytes);
+          return reinterpret_cast<const T*>(at[i]);
         };
       };
       attention.add_block(rows, tiles, rows_of(now.k, next.k), rows_of(now.v, next.v), now.count,
-                          Plan{*this, now.count, now.first < task.prefix ? -1 : int(now.first - task.prefix)});
+                          Plan{*this, now.first, now.count});
     }
   }
 
@@ -109,19 +110,25 @@ struct MatrixTask {
   }
 };
 
-template <class T>
-bool attend_on_tiles(const Task<T>& task, const Runtime& rt) {
-  MatrixTask<T> work(task);
+template <class T, class Visibility>
+bool attend_on_tiles(const Task<Visibility>& task, const Runtime& rt) {
+  if (task.p.softcap != 0) return attend_tiles<FloatRows<T>>(task, rt);
+  MatrixTask<T, Visibility> work(task);
   if (!work.start(rt)) return false;
   work.run();
-  if (!work.finite()) return attend_tiles(task, rt);
+  if (!work.finite()) return attend_tiles<FloatRows<T>>(task, rt);
   work.write();
   return true;
 }
 
-const char* tree_attention_on_tiles(const TreeAttentionParams& p, const Runtime& rt) {
-  return tree_attention_with([](const auto& task, const Runtime& rt) { return attend_on_tiles(task, rt); }, p, rt);
+template <class Visibility>
+const char* attend_float_pages_on_tiles(const typename Visibility::Params& p, const Runtime& rt) {
+  return with_type(p.type, [&](auto type) {
+    using T = decltype(type);
+    return run_tasks<FloatRows<T>, Visibility>(
+        p, rt, [](const Task<Visibility>& task, const Runtime& rt) { return attend_on_tiles<T>(task, rt); });
+  });
 }
 
 }  // namespace
-}  // namespace tilewise
+}  // namespace tilewise::paged

@@ -2,9 +2,10 @@
 // read once for all queries of their head; softmax statistics are vertical.
 #pragma once
 #include "common/isa.h"
-#include "speculative/cpu/rows.h"
+#include "common/paged/cpu/rows.h"
+#include "common/paged/cpu/source.h"
 
-namespace tilewise {
+namespace tilewise::paged {
 namespace {
 
 constexpr int kTileVectors = W == 16 ? 4 : 3;
@@ -83,6 +84,7 @@ struct QueryTile {
   float *q, *out;            // [dim, lanes]
   float *reference, *total;  // [lanes]
   const uint64_t* seen;      // [count] lane masks of the block's keys; null: all lanes see all keys
+  Softcap softcap;
 };
 
 template <int NV>
@@ -132,7 +134,9 @@ TILEWISE_INLINE void exact_weights(D dim, const KeyBlock& block, const QueryTile
     ahead(i, MR);
     dots<MR, NV>(acc, dim, block.k + i * dim, tile.q);
     TILEWISE_UNROLL for (int m = 0; m < MR; m++) TILEWISE_UNROLL for (int v = 0; v < NV; v++) {
-      const VF score = tile.seen ? hide<NV>(acc[m][v], tile.seen[i + m], v) : acc[m][v];
+      VF score = acc[m][v];
+      if (tile.softcap) score = tile.softcap(score);
+      if (tile.seen) score = hide<NV>(score, tile.seen[i + m], v);
       largest[v] = max(largest[v], score);
       store(block.weights + (i + m) * (NV * W) + v * W, score);
     }
@@ -156,7 +160,7 @@ template <int NV, class D, class Ahead>
 void add_block(D dim, const KeyBlock& block, const QueryTile& tile, bool fresh, const Ahead& ahead) {
   VF rescale[NV];
   TILEWISE_UNROLL for (int v = 0; v < NV; v++) rescale[v] = set1(1);
-  const bool exact = fresh || tile.seen;
+  const bool exact = fresh || tile.seen || tile.softcap;
   if (exact)
     exact_weights<NV>(dim, block, tile, ahead, rescale);
   else if (!weights_at_reference<NV>(dim, block, tile, ahead))
@@ -183,31 +187,32 @@ void add_block(int vectors, D dim, const KeyBlock& block, const QueryTile& tile,
   add_block<3>(dim, block, tile, fresh, ahead);
 }
 
-template <class T>
-void widen_rows(float* to, const T* const* rows, int count, int dim) {
-  for (int j = 0; j < count; j++, to += dim) {
-    int d = 0;
-    for (; d + W <= dim; d += W) store(to + d, load(rows[j] + d));
-    if (d < dim) store(to + d, load(rows[j] + d, dim - d), dim - d);
+// Prefetches the next block's rows while the first tile's scores are computed.
+struct Prefetch {
+  const KeyRows* next;  // null: nothing
+
+  TILEWISE_INLINE void operator()(int64_t i, int n) const {
+    if (next)
+      for (int64_t j = i; j < i + n; j++) next->prefetch(j);
   }
-}
+};
 
 // The working memory of one task.
-template <class T>
+template <class Source, class Visibility>
 struct TileTask {
-  const Task<T>& task;
-  int tiles, lanes;  // lanes of the last tile's vectors; the others have kTile
+  const Task<Visibility>& task;
+  int tiles;
   float *q, *out, *reference, *total;
   KeyBlock block;
-  uint64_t* seen;  // [tiles, nodes]
+  uint64_t seen[kKeyBlock];  // of the block at hand, by one tile's lanes
 
-  TileTask(const Task<T>& task) : task(task), tiles(int(ceil_div(task.rows, kTile))) {}
+  TileTask(const Task<Visibility>& task) : task(task), tiles(int(ceil_div(task.rows, kTile))) {}
   int tile_rows(int t) const { return min_of(kTile, task.rows - t * kTile); }
   int vectors(int t) const { return int(ceil_div(tile_rows(t), W)); }
 
   bool allocate(const Runtime& rt) {
     const int64_t dim = task.p.dim, per_tile = (2 * dim + 2) * kTile;
-    const int64_t floats = tiles * per_tile + kKeyBlock * (2 * dim + kTile) + 2 * int64_t(tiles) * task.p.nodes + 64;
+    const int64_t floats = tiles * per_tile + kKeyBlock * (2 * dim + kTile) + 64;
     float* memory = scratch<float>(rt, 2, floats);
     if (!memory) return false;
     q = memory;
@@ -217,23 +222,19 @@ struct TileTask {
     block.weights = total + tiles * kTile;
     block.k = block.weights + kKeyBlock * kTile;
     block.v = block.k + kKeyBlock * dim;
-    seen = reinterpret_cast<uint64_t*>(reinterpret_cast<uintptr_t>(block.v + kKeyBlock * dim + 1) & ~uintptr_t(7));
     return true;
   }
 
   void pack_queries() {
     const int dim = task.p.dim;
-    const float factor = task.p.scale * kLog2e;
     float row[kMaxHeadDim];
     for (int t = 0; t < tiles; t++) {
       float* to = q + int64_t(t) * dim * kTile;
       const int stride = vectors(t) * W;
       for (int lane = 0; lane < stride; lane++) {
         const bool real = lane < tile_rows(t);
-        const T* from = real ? task.query(t * kTile + lane) : nullptr;
-        for (int d = 0; d < dim; d += W)
-          store(row + d, real ? load(from + d, dim - d) * factor : set1(0), min_of(W, kMaxHeadDim - d));
-        for (int d = 0; d < dim; d++) to[d * stride + lane] = row[d];
+        if (real) task.load_query(t * kTile + lane, row, dim);
+        for (int d = 0; d < dim; d++) to[d * stride + lane] = real ? row[d] : 0;
       }
     }
     for (int64_t i = 0; i < int64_t(tiles) * dim * kTile; i += W) store(out + i, set1(0));
@@ -243,46 +244,42 @@ struct TileTask {
     }
   }
 
-  // seen[t][j]: which lanes of tile t see node j.
-  void transpose_bits() {
-    const int nodes = task.p.nodes;
-    for (int64_t i = 0; i < int64_t(tiles) * nodes; i++) seen[i] = 0;
-    for (int row = 0; row < task.rows; row++)
-      for (int w = 0; w < task.p.words; w++)
-        for (uint64_t left = task.bits(row)[w]; left; left &= left - 1) {
-          const int node = w * kWordBits + __builtin_ctzll(left);
-          if (node < nodes) seen[row / kTile * nodes + node] |= uint64_t(1) << row % kTile;
-        }
-  }
-
-  // Which keys of a block of nodes tile t needs: `count` shrinks to the last one seen, 0 if there is none.
-  const uint64_t* visible(int t, int64_t first_node, int& count) const {
-    const uint64_t* masks = seen + int64_t(t) * task.p.nodes + first_node;
-    while (count > 0 && !masks[count - 1]) count--;
-    return masks;
+  // Which lanes of tile t see which keys of a block; `count` shrinks to the last key that any of them sees.
+  const uint64_t* find_seen(int t, int64_t first_key, int& count) {
+    for (int j = 0; j < count; j++) seen[j] = 0;
+    for (int lane = 0; lane < tile_rows(t);) {
+      const int token = task.token(t * kTile + lane), from = lane;
+      while (lane < tile_rows(t) && task.token(t * kTile + lane) == token) lane++;
+      const uint64_t lanes = ~uint64_t(0) >> (64 - (lane - from)) << from;
+      task.visible.seen(token, first_key).each(count, [&](int i) { seen[i] |= lanes; });
+    }
+    while (count > 0 && !seen[count - 1]) count--;
+    return seen;
   }
 
   template <class D>
   void run(D dim) {
-    KeyRows<T> rows, next;
-    rows.find(task, task.first_key, block_end(task, task.first_key));
-    for (int j = 0; j < rows.count; j++) rows.prefetch(j, dim);
+    const KeyRange& keys = task.keys;
+    const Softcap softcap(task.p);
+    KeyRows rows, next;
+    rows.find(task, keys.first, keys.block_end(keys.first), Source::kItem);
+    for (int j = 0; j < rows.count; j++) rows.prefetch(j);
     bool fresh = true;
     while (rows.count) {
       const int64_t end = rows.first + rows.count;
-      next.find(task, end, block_end(task, end));
-      widen_rows(block.k, rows.k, rows.count, dim);
-      widen_rows(block.v, rows.v, rows.count, dim);
+      next.find(task, end, keys.block_end(end), Source::kItem);
+      for (int j = 0; j < rows.count; j++) Source::widen(block.k + j * dim, rows.k[j], dim);
+      for (int j = 0; j < rows.count; j++) Source::widen(block.v + j * dim, rows.v[j], dim);
       for (int t = 0; t < tiles; t++) {
         block.count = rows.count;
-        QueryTile tile = {q + int64_t(t) * dim * kTile, out + int64_t(t) * dim * kTile, reference + t * kTile,
-                          total + t * kTile, nullptr};
-        if (rows.first >= task.prefix) tile.seen = visible(t, rows.first - task.prefix, block.count);
-        const auto ahead = [&](int64_t i, int n) {
-          if (t == 0)
-            for (int64_t j = i; j < i + n; j++) next.prefetch(j, dim);
-        };
-        if (block.count) add_block(vectors(t), dim, block, tile, fresh, ahead);
+        QueryTile tile = {q + int64_t(t) * dim * kTile,
+                          out + int64_t(t) * dim * kTile,
+                          reference + t * kTile,
+                          total + t * kTile,
+                          nullptr,
+                          softcap};
+        if (!keys.full(rows.first)) tile.seen = find_seen(t, rows.first, block.count);
+        if (block.count) add_block(vectors(t), dim, block, tile, fresh, Prefetch{t == 0 ? &next : nullptr});
       }
       fresh = false;
       rows = next;
@@ -301,12 +298,11 @@ struct TileTask {
   }
 };
 
-template <class T>
-bool attend_tiles(const Task<T>& task, const Runtime& rt) {
-  TileTask<T> work(task);
+template <class Source, class Visibility>
+bool attend_tiles(const Task<Visibility>& task, const Runtime& rt) {
+  TileTask<Source, Visibility> work(task);
   if (!work.allocate(rt)) return false;
   work.pack_queries();
-  work.transpose_bits();
   if (task.p.dim == 64)
     work.run(Dim<64>());
   else if (task.p.dim == 128)
@@ -318,4 +314,4 @@ bool attend_tiles(const Task<T>& task, const Runtime& rt) {
 }
 
 }  // namespace
-}  // namespace tilewise
+}  // namespace tilewise::paged
