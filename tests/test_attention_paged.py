@@ -15,7 +15,6 @@ from harness.judge import assert_accurate, draws, yardsticks
 from test_speculative import ints, on, paged
 from tilewise.reference import attention as reference
 
-pytestmark = pytest.mark.devices("cpu")
 i32 = torch.int32
 OPTIONS = {
     "causal": {},

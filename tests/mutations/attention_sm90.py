@@ -7,6 +7,7 @@ from harness.emulation import architecture
 from harness.mutations import Mutation
 from tilewise.reference import attention as reference
 
+FAMILY = "attention"
 HOPPER = "attention/cuda/forward_sm90.h"
 STAGED = "    fence_proxy_async();\n    bar_sync(kGroup + group, 128);"
 SCORES_ARRIVED = "    wgmma_wait<1>(scores);\n    release(k_empty);"

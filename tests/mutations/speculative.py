@@ -6,9 +6,8 @@ import tilewise.speculative as spec
 from harness.mutations import Mutation
 from tilewise.reference import speculative as reference
 
-_TREE, _BUILD, _PAGES, _VERIFY, _ATTENTION, _ROWS = (
-    f"speculative/cuda/{name}.h" for name in ("tree", "build", "pages", "verify", "attention", "attention_rows")
-)
+_TREE, _BUILD, _PAGES, _VERIFY = (f"speculative/cuda/{name}.h" for name in ("tree", "build", "pages", "verify"))
+_ATTENTION, _ROWS = "common/paged/cuda/attention.h", "common/paged/cuda/rows.h"
 
 MUTATIONS = [
     Mutation("no_barrier", _TREE, "    sync_block();\n", "", "race"),
@@ -46,7 +45,7 @@ MUTATIONS = [
         "if (lane_id() == 0) s.best[warp_id()] = key;",
         "race",
     ),
-    Mutation("tail_not_masked", _ATTENTION, "masked && node >= 0 && ", "false && ", "plain"),
+    Mutation("tail_not_masked", _ATTENTION, "if (masked && ", "if (false && ", "plain"),
     Mutation("no_wait_for_copy", _ATTENTION, "cp_async_wait<1>();", "cp_async_wait<2>();", "race"),
     Mutation(
         "stage_refilled_early",

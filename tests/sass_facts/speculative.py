@@ -1,10 +1,10 @@
 """What the compiled speculative kernels must look like."""
 
 FACTS = {
-    "speculative::": {"LDL|STL": 0},
-    r"TreeAttention<.*(bf16|fp16), (64|128)>": {"HMMA": ">=64", "LDGSTS.*128": ">=16", "LDSM": ">=32"},
-    r"TreeAttention<.*, 64>": {"registers": "<=168"},
-    r"TreeAttention<.*, 128>": {"registers": "<=255"},
+    "(speculative|paged)::": {"LDL|STL": 0},
+    r"PagedAttention<.*(bf16|fp16), (64|128),": {"HMMA": ">=64", "LDGSTS.*128": ">=16", "LDSM": ">=32"},
+    r"PagedAttention<.*, 64,": {"registers": "<=168"},
+    r"PagedAttention<.*, 128,": {"registers": "<=255"},
     "VerifyGreedy": {"LDG.*128": ">=1"},
     "(AppendKv|CompactKv)<uint4>": {"LDG.*128": ">=1", "STG.*128": ">=1"},
 }

@@ -1,6 +1,6 @@
 """What kernels may not contain, so that one source serves both machines (csrc/simt/README.md gives the reasons).
 
-python tests/simt/rules.py [FILE ...]      without arguments: every file of csrc/*/cuda
+python tests/simt/rules.py [FILE ...]      without arguments: every file of csrc/**/cuda
 """
 
 import pathlib
@@ -54,7 +54,7 @@ def check_text(text, is_header=True):
 
 
 def kernel_files(root=ROOT):
-    families = (d for d in root.glob("csrc/*/cuda") if d.parent.name != "simt")
+    families = (d for d in root.glob("csrc/**/cuda") if d.parent.name != "simt")
     return sorted(f for d in families for f in d.rglob("*") if f.suffix in SUFFIXES)
 
 

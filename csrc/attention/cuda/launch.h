@@ -21,6 +21,9 @@ const char* bias_gradient(const BackwardParams&, bool tensor_cores, const Runtim
 const char* sink_gradient(const BackwardParams&, const Runtime&);
 const char* pack_mask(const PackMaskParams&, const Runtime&);
 
+// Over paged caches, by either kind of kernel (paged.cu).
+const char* attend_paged(const PagedParams&, const Runtime&);
+
 const char* merge(const MergeParams&, const Runtime&);
 const char* merge_backward(const MergeBackwardParams&, const Runtime&);
 const char* rope(const RopeParams&, const Runtime&);

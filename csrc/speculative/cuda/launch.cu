@@ -2,7 +2,6 @@
 #include <initializer_list>
 
 #include "speculative/cuda/attention.h"
-#include "speculative/cuda/attention_rows.h"
 #include "speculative/cuda/build.h"
 #include "speculative/cuda/pages.h"
 #include "speculative/cuda/tree.h"
@@ -36,54 +35,8 @@ const char* table_update(const TableUpdateParams& p, const Runtime& rt) {
 
 // ---- tree_attention ----
 
-bool aligned(const void* p, std::initializer_list<int64_t> strides) {
-  bool ok = reinterpret_cast<uintptr_t>(p) % 16 == 0;
-  for (int64_t s : strides) ok &= s % 8 == 0;  // 8 elements of 16 bits
-  return ok;
-}
-
-bool tensor_cores_serve(const TreeAttentionParams& p) {
-  const PageStrides &k = p.k_strides, &v = p.v_strides;
-  return (p.dim == 64 || p.dim == 128) && aligned(p.q, {p.q_strides.batch, p.q_strides.token, p.q_strides.head}) &&
-         aligned(p.k_pages, {k.page, k.slot, k.head}) && aligned(p.v_pages, {v.page, v.slot, v.head});
-}
-
-template <class T, int D>
-const char* attend_tiles(const TreeAttentionArgs& a, const Runtime& rt) {
-  const TreeAttentionParams& p = a.p;
-  const int rows = p.tokens * (p.q_heads / p.kv_heads);
-  const dim3 grid(ceil_div(rows, TreeAttention<T, D>::kRows), p.splits, p.batch * p.kv_heads);
-  return launch<TreeAttention<T, D>>(grid, a, rt.stream);
-}
-
-template <class T>
-const char* attend_rows(const TreeAttentionArgs& a, const Runtime& rt) {
-  const dim3 grid(ceil_div(a.p.tokens * a.p.q_heads, TreeAttentionRows<T>::kWarps), a.p.splits, a.p.batch);
-  return launch<TreeAttentionRows<T>>(grid, a, rt.stream);
-}
-
-template <class T>
-const char* attend(const TreeAttentionArgs& a, const Runtime& rt) {
-  const char* why;
-  if constexpr (simt::is_same_v<T, float>)
-    why = attend_rows<T>(a, rt);
-  else if (!tensor_cores_serve(a.p))
-    why = attend_rows<T>(a, rt);
-  else
-    why = a.p.dim == 64 ? attend_tiles<T, 64>(a, rt) : attend_tiles<T, 128>(a, rt);
-  if (why || a.p.splits == 1) return why;
-  const int rows = a.p.batch * a.p.tokens * a.p.q_heads;
-  return launch<MergeSplits<T>>(dim3(ceil_div(rows, MergeSplits<T>::kWarps)), a, rt.stream);
-}
-
 const char* tree_attention(const TreeAttentionParams& p, const Runtime& rt) {
-  const TreeAttentionArgs a = {p, rt.fault};
-  if (p.type == Type::bf16) return attend<bf16>(a, rt);
-#ifdef TILEWISE_FEW_INSTANCES
-  return "this build serves bfloat16 only";
-#else
-  return p.type == Type::f16 ? attend<fp16>(a, rt) : attend<float>(a, rt);
-#endif
+  return paged::attend_float_pages<TreeVisibility>(p, rt);
 }
 
 // ---- paged caches ----
@@ -98,6 +51,7 @@ bool chunks_fit(const void* p, std::initializer_list<int64_t> strides, int item,
 template <class F>
 const char* with_chunk(bool wide, int item, const F& run) {
   if (wide) return run(uint4{});
+  if (item == 1) return run(uint8_t{});
   return item == 4 ? run(uint32_t{}) : run(uint16_t{});
 }
 

@@ -1,0 +1,10 @@
+// Attention over paged caches on CUDA.
+#include "attention/cuda/paged.h"
+
+namespace tilewise::attention {
+
+const char* attend_paged(const PagedParams& p, const Runtime& rt) {
+  return paged::attend_float_pages<WindowVisibility>(p, rt);
+}
+
+}  // namespace tilewise::attention

@@ -1,0 +1,62 @@
+// Which kernel attends to float pages, and its launch.
+#pragma once
+#include <initializer_list>
+
+#include "common/paged/cuda/attention.h"
+#include "common/paged/cuda/rows.h"
+
+namespace tilewise::paged {
+
+inline bool aligned(const void* p, std::initializer_list<int64_t> strides) {
+  bool ok = reinterpret_cast<uintptr_t>(p) % 16 == 0;
+  for (int64_t s : strides) ok &= s % 8 == 0;  // 8 elements of 16 bits
+  return ok;
+}
+
+inline bool tensor_cores_serve(const AttentionParams& p) {
+  const PageStrides &k = p.k_strides, &v = p.v_strides;
+  const TokenStrides &q = p.q_strides, &out = p.out_strides;
+  return (p.dim == 64 || p.dim == 128) && aligned(p.q, {q.batch, q.token, q.head}) &&
+         aligned(p.out, {out.batch, out.token, out.head}) && aligned(p.k_pages, {k.page, k.slot, k.head}) &&
+         aligned(p.v_pages, {v.page, v.slot, v.head});
+}
+
+template <class T, int D, class Visibility>
+const char* launch_tiles(const Args<typename Visibility::Params>& a, const Runtime& rt) {
+  using K = PagedAttention<T, D, Visibility>;
+  const int rows = a.p.tokens * (a.p.q_heads / a.p.kv_heads);
+  return launch<K>(dim3(ceil_div(rows, K::kRows), a.p.splits, a.p.batch * a.p.kv_heads), a, rt.stream);
+}
+
+template <class T, class Visibility>
+const char* launch_rows(const Args<typename Visibility::Params>& a, const Runtime& rt) {
+  using K = PagedAttentionRows<T, Visibility>;
+  return launch<K>(dim3(ceil_div(a.p.tokens * a.p.q_heads, K::kWarps), a.p.splits, a.p.batch), a, rt.stream);
+}
+
+template <class T, class Visibility>
+const char* attend(const typename Visibility::Params& p, const Runtime& rt) {
+  const Args<typename Visibility::Params> a = {p, rt.fault};
+  const char* why;
+  if constexpr (is_same_v<T, float>)
+    why = launch_rows<T, Visibility>(a, rt);
+  else if (!tensor_cores_serve(p))
+    why = launch_rows<T, Visibility>(a, rt);
+  else
+    why = p.dim == 64 ? launch_tiles<T, 64, Visibility>(a, rt) : launch_tiles<T, 128, Visibility>(a, rt);
+  if (why || p.splits == 1) return why;
+  using K = MergeSplits<T, Visibility>;
+  return launch<K>(dim3(ceil_div(p.batch * p.tokens * p.q_heads, K::kWarps)), a, rt.stream);
+}
+
+template <class Visibility>
+const char* attend_float_pages(const typename Visibility::Params& p, const Runtime& rt) {
+  if (p.type == Type::bf16) return attend<bf16, Visibility>(p, rt);
+#ifdef TILEWISE_FEW_INSTANCES
+  return "this build serves bfloat16 only";
+#else
+  return p.type == Type::f16 ? attend<fp16, Visibility>(p, rt) : attend<float, Visibility>(p, rt);
+#endif
+}
+
+}  // namespace tilewise::paged
