@@ -7,6 +7,7 @@ FlashAttention, arXiv:2205.14135; FlashAttention-2, arXiv:2307.08691). Gradients
 """
 
 from tilewise.attention.dense import attention
+from tilewise.attention.lm_infinite import lm_infinite_attention
 from tilewise.attention.masks import BlockMask
 from tilewise.attention.merge import merge_attention, shared_prefix_attention
 from tilewise.attention.paged import paged_attention
@@ -20,6 +21,7 @@ __all__ = [
     "attention_block_max",
     "attention_column_sums",
     "attention_varlen",
+    "lm_infinite_attention",
     "merge_attention",
     "paged_attention",
     "shared_prefix_attention",
