@@ -118,6 +118,37 @@ def test_small(device, name, dtype):
     check(Shape(1, 2, 1, 25, 37, 64, 64), name, dtype, device)
 
 
+@pytest.mark.parametrize("name", ["lambda", "everything"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+@pytest.mark.parametrize("dim,v_dim", [(40, 24), (7, 3), (96, 128), (256, 200)])
+def test_head_dims(device, dim, v_dim, name, dtype):
+    check(Shape(1, 2, 1, 36, 40, dim, v_dim), name, dtype, device)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+def test_packed_equals_dense(device, dtype):
+    """Two sequences of equal length, packed and not: options count sequences, rows and keys alike."""
+    shape = Shape(2, 2, 1, 24, 40, 64, 64)
+    options = OPTIONS["everything"](shape)
+    blocks = options.pop("block_mask")
+    options["block_mask"] = tw.BlockMask(blocks["blocks"].to(device.torch), blocks["block_size"])
+    options = {n: t.to(device.torch) if torch.is_tensor(t) else t for n, t in options.items()}
+    dense = [t.requires_grad_() for t in inputs(shape, dtype, device)]
+    packed = [t.detach().transpose(1, 2).flatten(0, 1).requires_grad_() for t in dense]
+    leaves = [options.pop(n).requires_grad_() for n in LEAVES]
+    offsets = [torch.tensor([0, n, 2 * n], dtype=torch.int32, device=device.torch) for n in (24, 40)]
+    named = dict(zip(LEAVES, leaves, strict=True))
+    one = tw.attention(*dense, **options, **named, generator=seeded(device, 7)[0])
+    lengths = {"max_seqlen_q": 24, "max_seqlen_k": 40}
+    two = tw.attention_varlen(*packed, *offsets, **lengths, **options, **named, generator=seeded(device, 7)[0])
+    pack = lambda t: t.transpose(1, 2).flatten(0, 1)  # noqa: E731
+    torch.testing.assert_close(two, pack(one))
+    expected = torch.autograd.grad(one.sum(), (*dense, *leaves))
+    got = torch.autograd.grad(two.sum(), (*packed, *leaves))
+    for i, (a, b) in enumerate(zip(got, expected, strict=True)):
+        torch.testing.assert_close(a, pack(b) if i < 3 else b)
+
+
 def test_long_rows(device):
     """Several blocks of keys, windows that skip some of them, on CPU several tasks."""
     if device.kind != "cpu":

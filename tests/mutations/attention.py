@@ -19,7 +19,7 @@ MUTATIONS = [
     Mutation("keys_not_awaited", FORWARD, KEYS_ARRIVED, KEYS_ARRIVED.replace("    cp_async_wait<0>();\n", ""), "plain"),
     Mutation("values_reused_early", FORWARD, "    sync_block();  // the keys have arrived", "    //", "race"),
     Mutation("keys_reused_early", FORWARD, "    sync_block();  // the values have arrived", "    //", "race"),
-    Mutation("mask_dropped", FORWARD, "adjust_keys<T, Masked>", "adjust_keys<T, false>", "plain"),
+    Mutation("mask_dropped", FORWARD, "else if (Masked)", "else if (false)", "plain"),
     Mutation("tail_key_seen", MASK, "if (8 * j + e >= limit)", "if (8 * j + e > limit)", "plain"),
     Mutation("causal_too_short", MASK, "min_of(k_len, query + shift() + 1)", "min_of(k_len, query + shift())", "plain"),
     Mutation("heads_mixed", SEQUENCE, "head / (p.q_heads / p.kv_heads)", "head % p.kv_heads", "plain"),

@@ -56,7 +56,10 @@ struct Forward {
     if (next >= 0) keys.template load<kKeys>(s.k);
     keys.skip(-kKeys);
     cp_async_commit();
-    mask.template adjust_keys<T, Masked>(scores, query, tile * kKeys);
+    if constexpr (Mask::kGeneral)
+      mask.template adjust_keys<T, Masked>(scores, query, tile * kKeys);
+    else if (Masked)
+      hide_keys(scores, mask, query, tile * kKeys);  // not by way of adjust_keys: then sm_90 spills
     state.rows.update(scores, state.acc);
     mask.drop_keys(scores, query, tile * kKeys);
     multiply<D>(state.acc, scores, s.v, 0);
@@ -71,8 +74,9 @@ struct Forward {
 
     const Mask mask(p, work);
     const int query = first + warp_id() * kWarpRows;
-    State state(mask.softmax_scale(p.scale));
-    int tile = mask.template tile_below<kQueries, kKeys>(first, ceil_div(mask.key_end(first + kQueries), kKeys));
+    State state(Mask::kGeneral ? 1.f : p.scale);
+    int tile = ceil_div(mask.key_end(first + kQueries), kKeys) - 1;
+    if constexpr (Mask::kGeneral) tile = mask.template tile_below<kQueries, kKeys>(first, tile + 1);
     if (tile >= 0) {
       const int64_t key = seq.k_row + tile * kKeys;
       Loader keys(row_pointer<T>(p.k, p.k_strides, seq.batch, kv_head, key), p.k_strides.row, p.dim);
@@ -85,12 +89,15 @@ struct Forward {
       cp_async_commit();
       // Downwards, so that the tiles that need masking come first.
       const int full = mask.full_key_end(first) / kKeys;
-      for (int next; tile >= full; tile = next) {
-        next = mask.template tile_below<kQueries, kKeys>(first, tile);
-        step<true>(s, keys, values, mask, query, tile, next, state);
-      }
-      if constexpr (!Mask::kGeneral)
+      if constexpr (Mask::kGeneral) {
+        for (int next; tile >= 0; tile = next) {
+          next = mask.template tile_below<kQueries, kKeys>(first, tile);
+          step<true>(s, keys, values, mask, query, tile, next, state);
+        }
+      } else {
+        for (; tile >= full; tile--) step<true>(s, keys, values, mask, query, tile, tile - 1, state);
         for (; tile >= 0; tile--) step<false>(s, keys, values, mask, query, tile, tile - 1, state);
+      }
     }
 
     if constexpr (Mask::kGeneral) {

@@ -22,6 +22,23 @@ namespace tilewise::attention {
 // What adjust_* leaves for the gradient of the scores: nothing here.
 struct NoSlopes {};
 
+// -inf for the keys that the query of a row does not see.
+template <class Mask, int M, int N>
+SIMT_DEVICE void hide_keys(float (&scores)[M][N][4], const Mask& mask, int query, int key) {
+  const int g = lane_id() >> 2, t = lane_id() & 3;
+#pragma unroll
+  for (int i = 0; i < M; i++)
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+      const int limit = mask.key_limit(query + 16 * i + 8 * h + g) - key - 2 * t;
+#pragma unroll
+      for (int j = 0; j < N; j++)
+#pragma unroll
+        for (int e = 0; e < 2; e++)
+          if (8 * j + e >= limit) scores[i][j][2 * h + e] = -INFINITY;
+    }
+}
+
 template <class Mask>
 struct SimpleMask {
   static constexpr bool kGeneral = false;
@@ -45,19 +62,7 @@ struct SimpleMask {
 
   template <class T, bool Masked, int M, int N>
   SIMT_DEVICE void adjust_keys(float (&scores)[M][N][4], int query, int key, NoSlopes* = nullptr) const {
-    if (!Masked) return;
-    const int g = lane_id() >> 2, t = lane_id() & 3;
-#pragma unroll
-    for (int i = 0; i < M; i++)
-#pragma unroll
-      for (int h = 0; h < 2; h++) {
-        const int limit = self().key_limit(query + 16 * i + 8 * h + g) - key - 2 * t;
-#pragma unroll
-        for (int j = 0; j < N; j++)
-#pragma unroll
-          for (int e = 0; e < 2; e++)
-            if (8 * j + e >= limit) scores[i][j][2 * h + e] = -INFINITY;
-      }
+    if (Masked) hide_keys(scores, self(), query, key);
   }
   template <class T, bool Masked, int M, int N>
   SIMT_DEVICE void adjust_queries(float (&scores)[M][N][4], int query, int key, NoSlopes* = nullptr) const {

@@ -67,8 +67,9 @@ struct TileLoader {
 // The offset of the chunk that stands `columns` (a multiple of 16) behind the even or odd first chunk at offset `at`.
 // Where tiles start and which row is meant does not matter to the swizzle as long as rows move by multiples of 8, so a
 // lane needs four XORs per operand at most; all else is a constant that ldmatrix adds by itself.
+template <int D>
 SIMT_DEVICE int step_columns(int at, int columns) {
-  return (at ^ (columns & 63)) + (columns & ~63);
+  return (at ^ (columns & 63)) + (columns & (D - 64));
 }
 
 // acc += A B^T: A is rows [a_row, a_row + 16 M) of tile a, B rows [b_row, b_row + 8 N) of tile b.
@@ -81,11 +82,11 @@ SIMT_DEVICE void multiply_transposed(float (&acc)[M][N][4], const T* a, int a_ro
   for (int k = 0; k < D; k += 16) {
     uint32_t fa[M][4];
 #pragma unroll
-    for (int i = 0; i < M; i++) ldmatrix_x4(fa[i], a + 16 * i * D + step_columns(a_at, k));
+    for (int i = 0; i < M; i++) ldmatrix_x4(fa[i], a + 16 * i * D + step_columns<D>(a_at, k));
 #pragma unroll
     for (int j = 0; j < N; j += 2) {
       uint32_t fb[4];
-      ldmatrix_x4(fb, b + 8 * j * D + step_columns(b_at, k));
+      ldmatrix_x4(fb, b + 8 * j * D + step_columns<D>(b_at, k));
 #pragma unroll
       for (int i = 0; i < M; i++) {
         mma_m16n8k16<T>(acc[i][j], fa[i], fb[0], fb[1]);
@@ -114,7 +115,7 @@ SIMT_DEVICE void multiply(float (&acc)[M][D / 8][4], const float (&weights)[M][K
 #pragma unroll
     for (int j = 0; j < D / 8; j += 2) {
       uint32_t fb[4];
-      ldmatrix_x4_trans(fb, b + 8 * k * D + step_columns(b_at, 8 * j));
+      ldmatrix_x4_trans(fb, b + 8 * k * D + step_columns<D>(b_at, 8 * j));
 #pragma unroll
       for (int i = 0; i < M; i++) {
         mma_m16n8k16<T>(acc[i][j], fa[i], fb[0], fb[1]);
