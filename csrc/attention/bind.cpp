@@ -123,21 +123,38 @@ void bind_attention(py::module_& m) {
     const Release release;
     attention_pack_mask(mask, keys, words, stream);
   });
-  const auto paged_options = [](bool causal, Scale scale, Length left, Length right, double softcap, Length splits) {
-    return PagedAttentionOptions{causal, scale, left, right, softcap, splits};
-  };
   m.def("paged_attention_workspace", [](T q, T k_pages, T v_pages, T block_table, Length num_splits) {
     PagedAttentionOptions options;
     options.num_splits = num_splits;
     return paged_attention_workspace(q, {k_pages, v_pages, block_table}, options);
   });
-  m.def("paged_attention", [=](T q, T k_pages, T v_pages, T block_table, T seq_lens, bool causal, Scale scale,
-                               Length left, Length right, double softcap, Length num_splits, T out, T lse,
-                               OptionalT workspace) {
+  m.def("paged_attention", [](T q, T k_pages, T v_pages, T block_table, T seq_lens, bool causal, Scale scale,
+                              Length left, Length right, double softcap, Length num_splits, int format,
+                              OptionalT k_channels, OptionalT v_channels, T out, T lse, OptionalT workspace) {
     void* stream = q.stream();
     const Release release;
     paged_attention(q, {k_pages, v_pages, block_table}, seq_lens, out, lse,
-                    paged_options(causal, scale, left, right, softcap, num_splits), pointer_to(workspace), stream);
+                    {causal, scale, left, right, softcap, num_splits, static_cast<CacheFormat>(format),
+                     pointer_to(k_channels), pointer_to(v_channels)},
+                    pointer_to(workspace), stream);
+  });
+  m.def("cache_row_bytes",
+        [](int format, int64_t dim) { return cache_row_bytes(static_cast<CacheFormat>(format), dim); });
+  m.def("cache_append", [](T k_pages, T v_pages, T block_table, T start, T k, T v, int format, OptionalT k_channels,
+                           OptionalT v_channels, OptionalT cos, OptionalT sin, bool interleaved) {
+    void* stream = k_pages.stream();
+    const Release release;
+    cache_append({k_pages, v_pages, block_table}, start, k, v,
+                 {static_cast<CacheFormat>(format), pointer_to(k_channels), pointer_to(v_channels), pointer_to(cos),
+                  pointer_to(sin), interleaved},
+                 stream);
+  });
+  m.def("cache_rotate", [](T k_pages, T block_table, T positions, int64_t dim, int format, OptionalT k_channels, T cos,
+                           T sin, bool interleaved) {
+    void* stream = k_pages.stream();
+    const Release release;
+    cache_rotate(k_pages, block_table, positions, dim,
+                 {static_cast<CacheFormat>(format), pointer_to(k_channels), nullptr, &cos, &sin, interleaved}, stream);
   });
 }
 

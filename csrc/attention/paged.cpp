@@ -2,11 +2,10 @@
 #include <algorithm>
 #include <cmath>
 
-#include "attention/params.h"
+#include "attention/cache.h"
 #include "common/check.h"
 #include "common/dispatch.h"
 #include "common/paged/checks.h"
-#include "tilewise/attention.h"
 
 namespace tilewise {
 
@@ -47,8 +46,8 @@ void set_sizes(const Tensor& q, const Cache& cache, PagedParams& p) {
 
 // As asked for, or as the shapes suggest; 0, on CPU: as the kernel sees fit.
 int splits_of(const PagedAttentionOptions& options, const PagedParams& p, bool host) {
-  constexpr int64_t kMinKeys = 64;
-  const int64_t most = int64_t(p.table.pages_per_row) * p.table.page_size / kMinKeys;
+  constexpr int64_t kMinKeys = 64, kMost = 1024;
+  const int64_t most = std::min(kMost, int64_t(p.table.pages_per_row) * p.table.page_size / kMinKeys);
   if (options.num_splits) return int(std::max<int64_t>(1, std::min(*options.num_splits, most)));
   return host ? 0 : paged::cuda_splits(p);
 }
@@ -101,13 +100,14 @@ void paged_attention(const Tensor& q, const Cache& cache, const Tensor& seq_lens
                      const PagedAttentionOptions& options, const Tensor* workspace, void* stream) {
   const Check check("paged_attention");
   const Tensor &k_pages = cache.k_pages, &v_pages = cache.v_pages;
-  paged::check_cache(check, k_pages, v_pages);
+  const bool native = options.format == CacheFormat::native;
+  native ? paged::check_cache(check, k_pages, v_pages) : attention::check_codes(check, k_pages, v_pages);
   check_query(check, q, k_pages);
-  check.that(q.shape[3] == k_pages.shape[3], "q", "has head dim %ld, expected %ld (k_pages's)", q.shape[3],
-             k_pages.shape[3]);
-  check.same_dtype(q, "q", k_pages, "k_pages");
+  attention::check_rows(check, k_pages, options.format, q.shape[3], "q");
+  if (native) check.same_dtype(q, "q", k_pages, "k_pages");
   check_results(check, q, out, lse);
-  for (const Tensor* in : {&q, &k_pages, &v_pages}) check.no_overlap(out, "out", *in, "another argument");
+  for (const Tensor* in : {&q, &k_pages, &v_pages, options.k_channels, options.v_channels})
+    if (in) check.no_overlap(out, "out", *in, "another argument");
   check.dtype(seq_lens, "seq_lens", {DType::i32});
   check.shape(seq_lens, "seq_lens", {q.shape[0]});
   check.same_device(seq_lens, "seq_lens", q, "q");
@@ -122,13 +122,16 @@ void paged_attention(const Tensor& q, const Cache& cache, const Tensor& seq_lens
   p.lse_strides = {lse.strides[0], lse.strides[2], lse.strides[1]};
   p.k_strides = paged::page_strides(k_pages), p.v_strides = paged::page_strides(v_pages);
   p.type = paged::type_of(q);
+  p.format = paged::Format(options.format);
+  p.k_channels = attention::check_channels(check, options.k_channels, "k_channels", options.format, k_pages, p.dim);
+  p.v_channels = attention::check_channels(check, options.v_channels, "v_channels", options.format, k_pages, p.dim);
   p.seq_lens = seq_lens.ptr<int32_t>();
   const bool host = host_checks_indices(q.device);
   if (host) check_lengths(check, p);
   p.splits = splits_of(options, p, host);
   if (q.numel() == 0) return;
   p.workspace = paged::check_workspace(check, workspace, paged_attention_workspace(q, cache, options), q);
-  run_kernel("paged_attention", kKernels, q.device, &Kernels::paged, p, stream);
+  run_kernel("paged_attention", kKernels, q.device, native ? &Kernels::paged : &Kernels::paged_codes, p, stream);
 }
 
 }  // namespace tilewise

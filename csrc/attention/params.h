@@ -94,6 +94,24 @@ struct PagedParams : paged::AttentionParams {
   int window_left, window_right;  // keys from diagonal - left to diagonal + right are seen; kUnlimited
 };
 
+// Writes rows of a cache: those of new tokens, or with `k` null the keys that stand there, rotated.
+struct CacheWriteParams {
+  void *k_pages, *v_pages;  // [p, page_size, hkv, d]; v_pages null: keys only
+  paged::BlockTable table;
+  const int32_t* start;      // [b], position of a sequence's first token; or null
+  const int32_t* positions;  // [b, tokens], of each token; or null
+  const void *k, *v;         // [b, hkv, tokens, d]
+  const float *cos, *sin;    // [b, tokens, rotary / 2] of keys, or null; a batch stride of 0: one for all
+  paged::TokenStrides k_input, v_input;
+  paged::PageStrides k_strides, v_strides;
+  int64_t rotary_batch;
+  int batch, tokens, kv_heads, dim, rotary;
+  bool interleaved;  // pairs are neighbours, not halves
+  paged::Type type;  // of k and v
+  paged::Format format;
+  const float *k_channels, *v_channels;  // [hkv, d], what codes are divided by; null: nothing
+};
+
 // Partial results over disjoint sets of keys, joined. Rows count through (b, h, s) in that order; lse and its like are
 // contiguous.
 constexpr int kMaxParts = 16;
@@ -151,6 +169,8 @@ struct Kernels {
   KernelFn<BackwardParams> backward;
   KernelFn<PackMaskParams> pack_mask;
   KernelFn<PagedParams> paged;
+  KernelFn<PagedParams> paged_codes;  // pages of another format than native
+  KernelFn<CacheWriteParams> cache_write;
   KernelFn<MergeParams> merge;
   KernelFn<MergeBackwardParams> merge_backward;
   KernelFn<RopeParams> rope;

@@ -377,7 +377,10 @@ void compact_kv(const Tensor* const* k_pages, const Tensor* const* v_pages, int 
   const int64_t batch = path.shape[0];
   if (layers == 0) return;
   const Tensor& first = *k_pages[0];
-  check_cache(check, first, *v_pages[0]);
+  if (first.dtype == DType::u8 && first.ndim == 4)  // rows of codes move like others
+    paged::check_pools(check, first, *v_pages[0]);
+  else
+    check_cache(check, first, *v_pages[0]);
   for (int i = 0; i < layers; i++) {
     check_same_layout(check, *k_pages[i], "k_pages", first);
     check_same_layout(check, *v_pages[i], "v_pages", first);

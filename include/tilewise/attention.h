@@ -75,12 +75,23 @@ void attention_varlen_backward(const Tensor& dout, const Tensor* dlse, const Ten
                                const AttentionOptions& options = {}, const AttentionOptionGradients& gradients = {},
                                void* stream = nullptr);
 
+// What a row of a cache (one token, one key head) is. native: D numbers of the queries' type. The others are rows of
+// bytes, u8 [P, page_size, Hkv, cache_row_bytes(format, D)]:
+//   int8, int4, int2: channel-separable tokenwise quantisation (He et al., ZipCache, arXiv:2405.14256). x / channel =
+//                     scale * code + zero, the codes of a row first, then bf16 scale and bf16 zero of the row
+//   bfp12: 4-bit two's complement mantissas, then an 8-bit exponent for each block of 32 channels
+enum class CacheFormat { native, int8, int4, int2, bfp12 };
+int64_t cache_row_bytes(CacheFormat format, int64_t dim);
+
 struct PagedAttentionOptions {
   bool causal = true;
   std::optional<double> scale;                       // default: 1 / sqrt(D)
   std::optional<int64_t> window_left, window_right;  // as in AttentionOptions
   double softcap = 0;                                // as in AttentionOptions
   std::optional<int64_t> num_splits;                 // ranges of keys worked on at a time; default: as shapes suggest
+  CacheFormat format = CacheFormat::native;
+  const Tensor* k_channels = nullptr;  // f32 [Hkv, D] of the formats int8 to int2; null: ones
+  const Tensor* v_channels = nullptr;
 };
 
 // How many floats of workspace paged_attention needs for these shapes; 0 on CPU.
@@ -93,6 +104,23 @@ int64_t paged_attention_workspace(const Tensor& q, const Cache& cache, const Pag
 void paged_attention(const Tensor& q, const Cache& cache, const Tensor& seq_lens, const Tensor& out, const Tensor& lse,
                      const PagedAttentionOptions& options = {}, const Tensor* workspace = nullptr,
                      void* stream = nullptr);
+
+struct CacheWriteOptions {
+  CacheFormat format = CacheFormat::native;
+  const Tensor* k_channels = nullptr;  // as in PagedAttentionOptions
+  const Tensor* v_channels = nullptr;
+  const Tensor* cos = nullptr;  // f32 [B or 1, S, R / 2]: keys are rotated (RoPE), channels R and up stay
+  const Tensor* sin = nullptr;
+  bool interleaved = false;  // pairs are channels 2 i, 2 i + 1 rather than i, i + R / 2
+};
+
+// Writes k, v [B, Hkv, S, D] to positions start[b] + i (start i32 [B]), quantised on the way in.
+void cache_append(const Cache& cache, const Tensor& start, const Tensor& k, const Tensor& v,
+                  const CacheWriteOptions& options = {}, void* stream = nullptr);
+
+// Rotates the keys at `positions` i32 [B, S] of heads of D channels by cos and sin, in place. Codes are made anew.
+void cache_rotate(const Tensor& k_pages, const Tensor& block_table, const Tensor& positions, int64_t dim,
+                  const CacheWriteOptions& options, void* stream = nullptr);
 
 // Partial results over disjoint sets of keys, joined as if one call had seen all of them:
 //

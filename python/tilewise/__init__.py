@@ -5,6 +5,7 @@ import torch as _torch  # noqa: F401  (first: the core looks for torch's thread 
 from tilewise import _C, block_sparsity, compat, distributed, optim, packing, reference, rope, speculative
 from tilewise.attention import (
     BlockMask,
+    KVCache,
     attention,
     attention_block_max,
     attention_column_sums,
@@ -22,6 +23,7 @@ __all__ = [
     "BlockMask",
     "CSR",
     "CompressedWeight",
+    "KVCache",
     "NMSparse",
     "attention",
     "attention_block_max",

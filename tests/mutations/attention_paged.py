@@ -1,14 +1,16 @@
-"""Seeded bugs in attention over paged caches."""
+"""Seeded bugs in attention over paged caches, and in writing them."""
 
 import torch
 
 import tilewise as tw
 from harness.mutations import Mutation
 from tilewise.reference import attention as reference
+from tilewise.reference import kv_cache
 
 FAMILY = "attention"
 PAGED, PAGED_TILES = "attention/cuda/paged.h", "common/paged/cuda/attention.h"
-PAGED_ROWS = "common/paged/cuda/rows.h"
+PAGED_ROWS, PAGED_SOURCE = "common/paged/cuda/rows.h", "common/paged/cuda/source.h"
+CACHE = "attention/cuda/cache.h"
 
 MUTATIONS = [
     Mutation("window_ignored", PAGED, "key >= first && key < end", "key < end", "plain"),
@@ -22,10 +24,15 @@ MUTATIONS = [
     ),
     Mutation("pages_not_awaited", PAGED_TILES, "cp_async_wait<1>();", "cp_async_wait<2>();", "race"),
     Mutation("splits_unweighted", PAGED_ROWS, "sum += exp2_approx((lse - base) * kLog2e) *", "sum +=", "plain"),
+    Mutation("rotation_one_way", CACHE, "(first ? -turned : turned)", "turned", "plain"),
+    Mutation("partner_overwritten", CACHE, "    sync_warp();  // all has been read that is overwritten\n", "", "race"),
+    Mutation("codes_packed_early", PAGED_SOURCE, "    sync_warp();\n    Layout::pack", "    Layout::pack", "race"),
+    Mutation("high_fields_lost", PAGED_SOURCE, "byte >> (Bits * (in / 16)) & kMask", "byte & kMask", "plain"),
+    Mutation("value_channels_lost", PAGED_ROWS, "p.v_channels ? inverse *", "false ? inverse *", "plain"),
 ]
 
 
-def _check(dim=64, **options):
+def _check_paged(dim=64, **options):
     """Several splits, key tiles with and without masks, a length that ends within a page."""
     generator = torch.Generator().manual_seed(2)
     k_pages, v_pages = torch.randn(2, 30, 16, 1, dim, generator=generator).bfloat16()
@@ -39,5 +46,26 @@ def _check(dim=64, **options):
     assert (out - expected).norm() < 0.02 * expected.norm()
 
 
+def _check_cache(format="int4", dim=96):
+    """Keys in both fields of a byte, rotated when they are written and once more in place."""
+    generator = torch.Generator().manual_seed(3)
+    k, v = torch.randn(2, 1, 1, 21, dim, generator=generator).bfloat16()
+    channels = tw.KVCache.channels(v * torch.linspace(0.2, 5, dim))
+    cache = tw.KVCache(6, 4, 1, dim, format=format, k_channels=channels, v_channels=channels)
+    table, start = torch.randperm(6, generator=generator)[None].int(), torch.tensor([0], dtype=torch.int32)
+    cache.append(k, v, table, start, theta=50.0)
+    cache.update_rope(table, torch.arange(21, dtype=torch.int32)[None], 3, theta=50.0)
+    angles = torch.arange(3, 24)[:, None] * 50.0 ** -(torch.arange(0, dim, 2) / dim)
+    rows = [p[table[0].long()].flatten(0, 1)[:21].transpose(0, 1) for p in (cache.k_pages, cache.v_pages)]
+    keys, values = (kv_cache.dequantize(r, format, dim, channels[:, None])[None] for r in rows)
+    exact = kv_cache.rotate(k.double(), angles.cos(), angles.sin())
+    assert (keys - exact).norm() < 0.2 * exact.norm() and (values - v).norm() < 0.15 * v.double().norm()
+    q = torch.randn(1, 2, 2, dim, generator=generator).bfloat16()
+    out = cache.attend(q, table, torch.tensor([21], dtype=torch.int32))
+    expected, _ = reference.attention(q.double(), keys, values, causal=True)
+    assert (out - expected).norm() < 0.02 * expected.norm()
+
+
 def check():
-    _check(window=(300, None), softcap=2.0)
+    _check_cache()
+    _check_paged(window=(300, None), softcap=2.0)

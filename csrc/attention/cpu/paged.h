@@ -41,6 +41,9 @@ struct WindowVisibility {
 const char* paged_attention(const PagedParams& p, const Runtime& rt) {
   return paged::attend_float_pages<WindowVisibility>(p, rt);
 }
+const char* paged_attention_codes(const PagedParams& p, const Runtime& rt) {
+  return paged::attend_code_pages<WindowVisibility>(p, rt);
+}
 
 }  // namespace
 }  // namespace tilewise

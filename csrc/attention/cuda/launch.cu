@@ -56,7 +56,7 @@ bool rows_aligned(const BackwardParams& b) {
 }  // namespace tilewise::attention
 
 extern "C" __attribute__((visibility("default"))) const tilewise::attention::Kernels tilewise_attention_cuda = {
-    &tilewise::attention::forward,      &tilewise::attention::backward, &tilewise::attention::pack_mask,
-    &tilewise::attention::attend_paged, &tilewise::attention::merge,    &tilewise::attention::merge_backward,
-    &tilewise::attention::rope,
+    &tilewise::attention::forward,      &tilewise::attention::backward,       &tilewise::attention::pack_mask,
+    &tilewise::attention::attend_paged, &tilewise::attention::attend_codes,   &tilewise::attention::write_cache,
+    &tilewise::attention::merge,        &tilewise::attention::merge_backward, &tilewise::attention::rope,
 };

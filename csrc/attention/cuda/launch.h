@@ -21,8 +21,10 @@ const char* bias_gradient(const BackwardParams&, bool tensor_cores, const Runtim
 const char* sink_gradient(const BackwardParams&, const Runtime&);
 const char* pack_mask(const PackMaskParams&, const Runtime&);
 
-// Over paged caches, by either kind of kernel (paged.cu).
+// Over paged caches, by either kind of kernel (paged.cu), and over those of codes on the fp32 units (cache.cu).
 const char* attend_paged(const PagedParams&, const Runtime&);
+const char* attend_codes(const PagedParams&, const Runtime&);
+const char* write_cache(const CacheWriteParams&, const Runtime&);
 
 const char* merge(const MergeParams&, const Runtime&);
 const char* merge_backward(const MergeBackwardParams&, const Runtime&);

@@ -1,6 +1,8 @@
 // Attention over paged caches on CUDA.
 #include "attention/cuda/paged.h"
 
+#include "attention/cuda/launch.h"
+
 namespace tilewise::attention {
 
 const char* attend_paged(const PagedParams& p, const Runtime& rt) {

@@ -32,6 +32,7 @@ inline void check_pools(const Check& check, const Tensor& k_pages, const Tensor&
              kMaxExtent);
 }
 
+// Pages of numbers.
 inline void check_cache(const Check& check, const Tensor& k_pages, const Tensor& v_pages) {
   check.dims(k_pages, "k_pages", 4);
   check.dtype(k_pages, "k_pages", {DType::f32, DType::f16, DType::bf16});

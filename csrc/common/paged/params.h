@@ -9,7 +9,10 @@ constexpr int kMaxHeadDim = 256;
 
 enum class Type : int { f32, f16, bf16 };
 
-// K and V of a layer in pages, and whose pages they are. Strides in elements; the head dimension is contiguous.
+// What a row of a page is: numbers of the queries' type, or codes (cpu/source.h describes the bytes).
+enum class Format : int { native, int8, int4, int2, bfp12 };
+
+// K and V of a layer in pages, and whose pages they are. Strides in elements (bytes of codes); rows are contiguous.
 struct PageStrides {
   int64_t page, slot, head;
 };
@@ -38,6 +41,8 @@ struct AttentionParams {
   float scale;
   float softcap;  // softcap * tanh(score / softcap); 0: none
   Type type;
+  Format format;
+  const float *k_channels, *v_channels;  // [hkv, d], what the rows of codes have been divided by; null: nothing
 };
 
 }  // namespace tilewise::paged

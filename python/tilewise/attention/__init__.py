@@ -6,6 +6,7 @@ computed block by block with running softmax statistics, so that no S x Sk matri
 FlashAttention, arXiv:2205.14135; FlashAttention-2, arXiv:2307.08691). Gradients recompute the probabilities from lse.
 """
 
+from tilewise.attention.cache import KVCache
 from tilewise.attention.dense import attention
 from tilewise.attention.lm_infinite import lm_infinite_attention
 from tilewise.attention.masks import BlockMask
@@ -17,6 +18,7 @@ from tilewise.attention.varlen import attention_varlen
 
 __all__ = [
     "BlockMask",
+    "KVCache",
     "attention",
     "attention_block_max",
     "attention_column_sums",

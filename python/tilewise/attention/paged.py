@@ -10,9 +10,13 @@ def _empty_outputs(q, *_):
     return torch.empty_like(q), q.new_empty(q.shape[:-1], dtype=torch.float32)
 
 
+# What a row of a cache is, in the order of the core's CacheFormat.
+FORMATS = ("native", "int8", "int4", "int2", "bfp12")
+
+
 def _paged_attention(q, k_pages, v_pages, block_table, seq_lens, *options):
     out, lse = _empty_outputs(q)
-    floats = _C.paged_attention_workspace(q, k_pages, v_pages, block_table, options[-1])
+    floats = _C.paged_attention_workspace(q, k_pages, v_pages, block_table, options[5])
     workspace = q.new_empty(floats, dtype=torch.float32) if floats else None
     _C.paged_attention(q, k_pages, v_pages, block_table, seq_lens, *options, out, lse, workspace)
     return out, lse
@@ -20,7 +24,8 @@ def _paged_attention(q, k_pages, v_pages, block_table, seq_lens, *options):
 
 _paged_attention_op = register(
     "paged_attention(Tensor q, Tensor k_pages, Tensor v_pages, Tensor block_table, Tensor seq_lens, bool causal, "
-    "float? scale, SymInt? window_left, SymInt? window_right, float softcap, SymInt? num_splits) -> (Tensor, Tensor)",
+    "float? scale, SymInt? window_left, SymInt? window_right, float softcap, SymInt? num_splits, int format, "
+    "Tensor? k_channels, Tensor? v_channels) -> (Tensor, Tensor)",
     _paged_attention,
     fake=_empty_outputs,
 )
@@ -69,8 +74,40 @@ def paged_attention(
             on the device raises.
         TypeError: wrong dtype.
     """
+    return attend_pages(
+        q,
+        k_pages,
+        v_pages,
+        block_table,
+        seq_lens,
+        causal=causal,
+        scale=scale,
+        window=window,
+        softcap=softcap,
+        num_splits=num_splits,
+        return_lse=return_lse,
+    )
+
+
+def attend_pages(
+    q,
+    k_pages,
+    v_pages,
+    block_table,
+    seq_lens,
+    *,
+    causal=True,
+    scale=None,
+    window=None,
+    softcap=0.0,
+    num_splits=None,
+    return_lse=False,
+    format=0,
+    channels=(None, None),
+):
+    """paged_attention over rows of any of FORMATS."""
     check_tensors("paged_attention", q=q, k_pages=k_pages, v_pages=v_pages, block_table=block_table, seq_lens=seq_lens)
     left, right = (None, None) if window is None else window
-    options = (causal, scale, left, right, softcap, num_splits)
+    options = (causal, scale, left, right, softcap, num_splits, format, *channels)
     out, lse = _paged_attention_op(q, k_pages, v_pages, block_table, seq_lens, *options)
     return (out, lse) if return_lse else out

@@ -130,6 +130,26 @@ def _decode(device, dtype, heads, kv_heads, keys=8192, dim=128, page=16, target=
     )
 
 
+def _decode_codes(device, format, heads, kv_heads, keys=8192, dim=128, page=16, target=None):
+    """The same with a quantised cache, beside torch in bfloat16."""
+    beside = _decode(device, torch.bfloat16, heads, kv_heads, keys, dim, page)
+    pages = -(-keys // page)
+    cache = tw.KVCache(pages, page, kv_heads, dim, format=format, device=device)
+    table = torch.randperm(pages, device=device)[None].int()
+    k, v = torch.randn(2, 1, kv_heads, keys, dim, device=device)
+    cache.append(k, v, table, torch.zeros(1, dtype=torch.int32, device=device))
+    lens = torch.tensor([keys], dtype=torch.int32, device=device)
+    q = torch.randn(1, heads, 1, dim, device=device).bfloat16()
+    return Case(
+        f"decode {format} {heads}/{kv_heads} heads d{dim} {keys} keys (torch: bfloat16)",
+        lambda: cache.attend(q, table, lens),
+        beside.torch,
+        flops=beside.flops,
+        bytes=cache.nbytes,
+        target=target,
+    )
+
+
 def cases(device: torch.device) -> list[Case]:
     rows = _CPU if device.type == "cpu" else _CUDA
     pairs = [case for name, *row in rows for case in _pair(name, device, *row)]
@@ -139,4 +159,10 @@ def cases(device: torch.device) -> list[Case]:
         _decode(device, torch.bfloat16, 8, 8),
         _decode(device, torch.float32, 32, 8),
     ]
+    if device.type == "cpu":
+        decode += [
+            _decode_codes(device, "int4", 32, 8, target=3.2),
+            _decode_codes(device, "int4", 8, 8, target=2.2),
+            *(_decode_codes(device, format, 32, 8) for format in ("int8", "int2", "bfp12")),
+        ]
     return [*pairs, *options, _varlen(device), *decode, _tiny(device)]

@@ -74,14 +74,15 @@ struct MatrixTask {
     const TileScope scope;
     const int block = min_of(attention.keys(), kKeyBlock / kTileDepth * kTileDepth);
     const KeyRange& keys = task.keys;
+    const FloatRows<T> source(task.p.dim);
     KeyRows blocks[2];
-    blocks[0].find(task, keys.first, keys.block_end(keys.first, block), sizeof(T));
+    blocks[0].find(task, keys.first, keys.block_end(keys.first, block), source);
     for (int j = 0; j < blocks[0].count; j++) blocks[0].prefetch(j);
     for (int turn = 0; blocks[turn].count; turn ^= 1) {
       const KeyRows& now = blocks[turn];
       KeyRows& next = blocks[turn ^ 1];
       const int64_t end = now.first + now.count;
-      next.find(task, end, keys.block_end(end, block), sizeof(T));
+      next.find(task, end, keys.block_end(end, block), source);
       auto rows_of = [&](const char* const* at, const char* const* ahead) {
         return [=, &next](int i) {
           if (i < next.count) KeyRows::prefetch_row(ahead[i], next.row_bytes);

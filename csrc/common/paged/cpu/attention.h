@@ -65,7 +65,7 @@ const char* run_tasks(const typename Visibility::Params& p, const Runtime& rt, c
       auto task = plan.template task<Visibility>(p, at / plan.splits);
       take_share(task, at % plan.splits, plan.splits);
       if (partial) task.partial = partial + at * plan.chunk_rows * (p.dim + 2);
-      if (task.rows <= kFewRows && Source::whole_units(p.dim))
+      if (task.rows <= kFewRows && Source(p.dim).serves_few())
         attend_few<Source>(task);
       else if (!attend(task, rt))
         failed = true;
@@ -85,6 +85,18 @@ template <class Source, class Visibility>
 const char* attend_pages(const typename Visibility::Params& p, const Runtime& rt) {
   return run_tasks<Source, Visibility>(
       p, rt, [](const Task<Visibility>& task, const Runtime& rt) { return attend_tiles<Source>(task, rt); });
+}
+
+template <class F>
+auto with_codes(Format format, int dim, const F& f) {
+  if (format == Format::int8) return f(CodeRows<8>(dim));
+  if (format == Format::int4) return f(CodeRows<4>(dim));
+  return format == Format::int2 ? f(CodeRows<2>(dim)) : f(Bfp12Rows(dim));
+}
+
+template <class Visibility>
+const char* attend_code_pages(const typename Visibility::Params& p, const Runtime& rt) {
+  return with_codes(p.format, p.dim, [&](auto source) { return attend_pages<decltype(source), Visibility>(p, rt); });
 }
 
 template <class Visibility>

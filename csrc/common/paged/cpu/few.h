@@ -31,36 +31,41 @@ struct FewTask {
   static constexpr int kRegisters = max_of(1, min_of(8, (W == 16 ? 16 : 8) / MQ) / kVectors);
 
   const Task<Visibility>& task;
-  int dim, units;
+  Source source;
+  int units;
   Softcap softcap;
   float q[MQ][kMaxHeadDim], out[MQ][kMaxHeadDim];  // in the order of the source's units
   float weights[MQ][kKeyBlock + W];
   float reference[MQ], total[MQ];
+  float q_sum[MQ], zeros[MQ];  // sum of the query; what the zeros of the values add to every channel
 
-  FewTask(const Task<Visibility>& task) : task(task), dim(task.p.dim), units(Source::units(dim)), softcap(task.p) {
+  FewTask(const Task<Visibility>& task) : task(task), source(task.p.dim), units(source.units()), softcap(task.p) {
     for (int m = 0; m < MQ; m++) {
       float row[kMaxHeadDim];
       task.load_query(min_of(m, task.rows - 1), row, units * kVectors * W);
       for (int u = 0; u < units; u++)
         for (int v = 0; v < kVectors; v++) {
-          store(q[m] + (u * kVectors + v) * W, load(row + Source::channel(u, v)));
+          store(q[m] + (u * kVectors + v) * W, load(row + source.channel(u, v)));
           store(out[m] + (u * kVectors + v) * W, set1(0));
         }
       reference[m] = kLowest;
-      total[m] = 0;
+      total[m] = zeros[m] = q_sum[m] = 0;
+      for (int d = 0; d < task.p.dim; d++) q_sum[m] += row[d];
     }
   }
 
   void scores(const KeyRows& rows, const KeyRows& next) {
     for (int j0 = 0; j0 < rows.count; j0 += W) {
       VF dots[MQ][W];
+      VI pairs = {};
       for (int j = 0; j < W; j++) {
         const char* k = rows.k[min_of(j0 + j, rows.count - 1)];
-        next.prefetch(j0 + j);
+        next.prefetch_key(j0 + j);
+        if constexpr (Source::kScaled) pairs[j] = source.pair(k);
         VF sum[MQ] = {};
         for (int u = 0; u < units; u++) {
           VF x[kVectors];
-          Source::load_unit(k, u, x);
+          source.load_unit(k, u, x);
 #pragma GCC unroll 4
           for (int v = 0; v < kVectors; v++)
 #pragma GCC unroll 4
@@ -72,6 +77,8 @@ struct FewTask {
 #pragma GCC unroll 4
       for (int m = 0; m < MQ; m++) {
         sums_into_first(dots[m]);
+        if constexpr (Source::kScaled)
+          dots[m][0] = dots[m][0] * ScaleZero::scale(pairs) + ScaleZero::zero(pairs) * q_sum[m];
         store(weights[m] + j0, dots[m][0]);
       }
     }
@@ -100,8 +107,24 @@ struct FewTask {
     return shrink;
   }
 
+  // The values' scales become part of the weights, their zeros one number for all channels.
+  void scale_values(const KeyRows& rows, const float (&shrink)[MQ]) {
+    VF sum[MQ] = {};
+    for (int j0 = 0; j0 < rows.count; j0 += W) {
+      VI pairs = {};
+      for (int j = j0; j < min_of(rows.count, j0 + W); j++) pairs[j - j0] = source.pair(rows.v[j]);
+#pragma GCC unroll 4
+      for (int m = 0; m < MQ; m++) {
+        const VF weight = load(weights[m] + j0);
+        sum[m] += weight * ScaleZero::zero(pairs);
+        store(weights[m] + j0, weight * ScaleZero::scale(pairs));
+      }
+    }
+    for (int m = 0; m < MQ; m++) zeros[m] = zeros[m] * shrink[m] + reduce_add(sum[m]);
+  }
+
   template <int NU>
-  TILEWISE_INLINE void add_units(const KeyRows& rows, int unit, const float (&shrink)[MQ]) {
+  TILEWISE_INLINE void add_units(const KeyRows& rows, const KeyRows& next, int unit, const float (&shrink)[MQ]) {
     constexpr int NC = NU * kVectors;
     VF acc[MQ][NC];
 #pragma GCC unroll 4
@@ -109,10 +132,11 @@ struct FewTask {
 #pragma GCC unroll 8
       for (int c = 0; c < NC; c++) acc[m][c] = VF{};
     for (int j = 0; j < rows.count; j++) {
+      if (unit == 0) next.prefetch_value(j);
 #pragma GCC unroll 8
       for (int u = 0; u < NU; u++) {
         VF x[kVectors];
-        Source::load_unit(rows.v[j], unit + u, x);
+        source.load_unit(rows.v[j], unit + u, x);
 #pragma GCC unroll 4
         for (int v = 0; v < kVectors; v++)
 #pragma GCC unroll 4
@@ -131,17 +155,18 @@ struct FewTask {
   void run() {
     const KeyRange& keys = task.keys;
     KeyRows rows, next;
-    rows.find(task, keys.first, keys.block_end(keys.first), Source::kItem);
+    rows.find(task, keys.first, keys.block_end(keys.first), source);
     for (int j = 0; j < rows.count; j++) rows.prefetch(j);
     while (rows.count) {
       const int64_t end = rows.first + rows.count;
-      next.find(task, end, keys.block_end(end), Source::kItem);
+      next.find(task, end, keys.block_end(end), source);
       scores(rows, next);
       float shrink[MQ];
       for (int m = 0; m < MQ; m++) shrink[m] = soften(m, rows);
+      if constexpr (Source::kScaled) scale_values(rows, shrink);
       int u = 0;
-      for (; u + kRegisters <= units; u += kRegisters) add_units<kRegisters>(rows, u, shrink);
-      for (; u < units; u++) add_units<1>(rows, u, shrink);
+      for (; u + kRegisters <= units; u += kRegisters) add_units<kRegisters>(rows, next, u, shrink);
+      for (; u < units; u++) add_units<1>(rows, next, u, shrink);
       rows = next;
     }
     for (int m = 0; m < task.rows; m++) write(m);
@@ -150,7 +175,11 @@ struct FewTask {
   void write(int m) const {
     float row[kMaxHeadDim];
     for (int u = 0; u < units; u++)
-      for (int v = 0; v < kVectors; v++) store(row + Source::channel(u, v), load(out[m] + (u * kVectors + v) * W));
+      for (int v = 0; v < kVectors; v++) {
+        VF sum = load(out[m] + (u * kVectors + v) * W);
+        if constexpr (Source::kScaled) sum += zeros[m];
+        store(row + source.channel(u, v), sum);
+      }
     task.write(m, row, reference[m], total[m]);
   }
 };

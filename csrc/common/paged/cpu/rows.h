@@ -92,8 +92,16 @@ struct Task {
     const float factor = p.scale * kLog2e;
     with_type(p.type, [&](auto type) {
       const auto* from = query<decltype(type)>(row);
-      for (int d = 0; d < width; d += W) store(to + d, load(from + d, p.dim - d) * factor, width - d);
+      for (int d = 0; d < p.dim; d += W) store(to + d, load(from + d, p.dim - d) * factor, width - d);
     });
+    for (int d = p.dim; d < width; d++) to[d] = 0;
+    if (p.k_channels) multiply(to, p.k_channels);
+  }
+  // By the numbers of the channels of this key head.
+  void multiply(float* row, const float* channels) const {
+    channels += int64_t(kv_head) * p.dim;
+    for (int d = 0; d < p.dim; d += W)
+      store(row + d, load(row + d, p.dim - d) * load(channels + d, p.dim - d), p.dim - d);
   }
 
   // sums: unnormalised outputs relative to 2^reference; total: the sum of the weights.
@@ -108,6 +116,12 @@ struct Task {
     finish(row, sums, reference, total);
   }
   void finish(int row, const float* sums, float reference, float total) const {
+    float scaled[kMaxHeadDim];
+    if (p.v_channels) {
+      __builtin_memcpy(scaled, sums, size_t(p.dim) * sizeof(float));
+      multiply(scaled, p.v_channels);
+      sums = scaled;
+    }
     const bool none = visible.blind(token(row)) || total == 0;
     const VF inverse = set1(1 / total), zero = set1(0);
     with_type(p.type, [&](auto type) {
@@ -146,11 +160,11 @@ struct KeyRows {
   int count = 0, row_bytes = 0;
   int64_t first = 0;  // position
 
-  // `item` bytes an element.
-  template <class Visibility>
-  void find(const Task<Visibility>& task, int64_t from, int64_t end, int item) {
+  template <class Visibility, class Source>
+  void find(const Task<Visibility>& task, int64_t from, int64_t end, const Source& source) {
+    constexpr int item = Source::kItem;
     const AttentionParams& p = task.p;
-    row_bytes = p.dim * item;
+    row_bytes = source.bytes();
     first = from;
     count = int(min_of<int64_t>(kKeyBlock, end - from));
     if (count <= 0) {
@@ -168,10 +182,15 @@ struct KeyRows {
   static TILEWISE_INLINE void prefetch_row(const char* row, int bytes) {
     for (int byte = 0; byte < bytes; byte += 64) __builtin_prefetch(row + byte, 0, 2);
   }
+  void prefetch_key(int64_t j) const {
+    if (j < count) prefetch_row(k[j], row_bytes);
+  }
+  void prefetch_value(int64_t j) const {
+    if (j < count) prefetch_row(v[j], row_bytes);
+  }
   void prefetch(int64_t j) const {
-    if (j >= count) return;
-    prefetch_row(k[j], row_bytes);
-    prefetch_row(v[j], row_bytes);
+    prefetch_key(j);
+    prefetch_value(j);
   }
 };
 

@@ -201,12 +201,13 @@ struct Prefetch {
 template <class Source, class Visibility>
 struct TileTask {
   const Task<Visibility>& task;
+  Source source;
   int tiles;
   float *q, *out, *reference, *total;
   KeyBlock block;
   uint64_t seen[kKeyBlock];  // of the block at hand, by one tile's lanes
 
-  TileTask(const Task<Visibility>& task) : task(task), tiles(int(ceil_div(task.rows, kTile))) {}
+  TileTask(const Task<Visibility>& task) : task(task), source(task.p.dim), tiles(int(ceil_div(task.rows, kTile))) {}
   int tile_rows(int t) const { return min_of(kTile, task.rows - t * kTile); }
   int vectors(int t) const { return int(ceil_div(tile_rows(t), W)); }
 
@@ -262,14 +263,14 @@ struct TileTask {
     const KeyRange& keys = task.keys;
     const Softcap softcap(task.p);
     KeyRows rows, next;
-    rows.find(task, keys.first, keys.block_end(keys.first), Source::kItem);
+    rows.find(task, keys.first, keys.block_end(keys.first), source);
     for (int j = 0; j < rows.count; j++) rows.prefetch(j);
     bool fresh = true;
     while (rows.count) {
       const int64_t end = rows.first + rows.count;
-      next.find(task, end, keys.block_end(end), Source::kItem);
-      for (int j = 0; j < rows.count; j++) Source::widen(block.k + j * dim, rows.k[j], dim);
-      for (int j = 0; j < rows.count; j++) Source::widen(block.v + j * dim, rows.v[j], dim);
+      next.find(task, end, keys.block_end(end), source);
+      for (int j = 0; j < rows.count; j++) source.widen(block.k + j * dim, rows.k[j]);
+      for (int j = 0; j < rows.count; j++) source.widen(block.v + j * dim, rows.v[j]);
       for (int t = 0; t < tiles; t++) {
         block.count = rows.count;
         QueryTile tile = {q + int64_t(t) * dim * kTile,

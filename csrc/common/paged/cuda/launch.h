@@ -28,10 +28,17 @@ const char* launch_tiles(const Args<typename Visibility::Params>& a, const Runti
   return launch<K>(dim3(ceil_div(rows, K::kRows), a.p.splits, a.p.batch * a.p.kv_heads), a, rt.stream);
 }
 
-template <class T, class Visibility>
+template <class T, class Visibility, class Source = FloatSource<T>>
 const char* launch_rows(const Args<typename Visibility::Params>& a, const Runtime& rt) {
-  using K = PagedAttentionRows<T, Visibility>;
+  using K = PagedAttentionRows<T, Visibility, Source>;
   return launch<K>(dim3(ceil_div(a.p.tokens * a.p.q_heads, K::kWarps), a.p.splits, a.p.batch), a, rt.stream);
+}
+
+template <class T, class Visibility>
+const char* merge(const Args<typename Visibility::Params>& a, const Runtime& rt) {
+  using K = MergeSplits<T, Visibility>;
+  if (a.p.splits == 1) return nullptr;
+  return launch<K>(dim3(ceil_div(a.p.batch * a.p.tokens * a.p.q_heads, K::kWarps)), a, rt.stream);
 }
 
 template <class T, class Visibility>
@@ -44,19 +51,44 @@ const char* attend(const typename Visibility::Params& p, const Runtime& rt) {
     why = launch_rows<T, Visibility>(a, rt);
   else
     why = p.dim == 64 ? launch_tiles<T, 64, Visibility>(a, rt) : launch_tiles<T, 128, Visibility>(a, rt);
-  if (why || p.splits == 1) return why;
-  using K = MergeSplits<T, Visibility>;
-  return launch<K>(dim3(ceil_div(p.batch * p.tokens * p.q_heads, K::kWarps)), a, rt.stream);
+  return why ? why : merge<T, Visibility>(a, rt);
+}
+
+// f(T{}) for the type of the queries. TILEWISE_FEW_INSTANCES keeps one: seeded bugs are compiled often.
+template <class F>
+const char* with_type(Type type, const F& f) {
+  if (type == Type::bf16) return f(bf16{});
+#ifdef TILEWISE_FEW_INSTANCES
+  return "this build serves bfloat16 only";
+#else
+  return type == Type::f16 ? f(fp16{}) : f(float{});
+#endif
+}
+// f(Source{}) for the codes of a format.
+template <class F>
+const char* with_codes(Format format, const F& f) {
+  if (format == Format::int4) return f(CodeSource<4>{});
+#ifndef TILEWISE_FEW_INSTANCES
+  if (format == Format::int8) return f(CodeSource<8>{});
+  if (format == Format::int2) return f(CodeSource<2>{});
+#endif
+  return f(Bfp12Source{});
 }
 
 template <class Visibility>
 const char* attend_float_pages(const typename Visibility::Params& p, const Runtime& rt) {
-  if (p.type == Type::bf16) return attend<bf16, Visibility>(p, rt);
-#ifdef TILEWISE_FEW_INSTANCES
-  return "this build serves bfloat16 only";
-#else
-  return p.type == Type::f16 ? attend<fp16, Visibility>(p, rt) : attend<float, Visibility>(p, rt);
-#endif
+  return with_type(p.type, [&](auto type) { return attend<decltype(type), Visibility>(p, rt); });
+}
+
+template <class Visibility>
+const char* attend_code_pages(const typename Visibility::Params& p, const Runtime& rt) {
+  const Args<typename Visibility::Params> a = {p, rt.fault};
+  return with_type(p.type, [&](auto type) {
+    using T = decltype(type);
+    const auto rows = [&](auto source) { return launch_rows<T, Visibility, decltype(source)>(a, rt); };
+    const char* why = with_codes(p.format, rows);
+    return why ? why : merge<T, Visibility>(a, rt);
+  });
 }
 
 }  // namespace tilewise::paged

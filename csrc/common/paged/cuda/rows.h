@@ -2,27 +2,9 @@
 // head dims other than 64 and 128, and rows that are not 16-byte aligned; arithmetic in float32 throughout.
 #pragma once
 #include "common/paged/cuda/attention.h"
+#include "common/paged/cuda/source.h"
 
 namespace tilewise::paged {
-
-SIMT_DEVICE float load_float(const float* p) {
-  return *p;
-}
-SIMT_DEVICE float load_float(const bf16* p) {
-  return to_f32(*p);
-}
-SIMT_DEVICE float load_float(const fp16* p) {
-  return to_f32(*p);
-}
-SIMT_DEVICE void store_float(float* p, float v) {
-  *p = v;
-}
-SIMT_DEVICE void store_float(bf16* p, float v) {
-  *p = bf16{(uint16_t)pack2<bf16>(v, 0.f)};
-}
-SIMT_DEVICE void store_float(fp16* p, float v) {
-  *p = fp16{(uint16_t)pack2<fp16>(v, 0.f)};
-}
 
 // Joins the key ranges: one warp per output row.
 template <class T, class Visibility>
@@ -56,12 +38,16 @@ struct MergeSplits {
   }
 };
 
-template <class T, class Visibility>
+template <class T, class Visibility, class Source = FloatSource<T>>
 struct PagedAttentionRows {
   static constexpr int kThreads = 128, kMinArch = 800, kWarps = kThreads / kWarp;
-  static constexpr int kPerLane = kMaxHeadDim / kWarp, kKeys = 4;  // keys in flight
+  static constexpr int kKeys = 4;  // in flight
   using Params = Args<typename Visibility::Params>;
   struct Smem {};
+
+  SIMT_DEVICE static float value(const void* pages, int64_t row, int d, int dim) {
+    return Source::value(static_cast<const char*>(pages) + row * Source::kItem, d, dim);
+  }
 
   // The dot products of the row with keys [key, key + kKeys), hidden keys at -inf, and the rows of their values.
   template <class Row>
@@ -79,7 +65,7 @@ struct PagedAttentionRows {
 #pragma unroll
         for (int i = 0; i < kPerLane; i++) {
           const int d = lane_id() + i * kWarp;
-          if (d < p.dim) score[j] += q[i] * load_float(static_cast<const T*>(p.k_pages) + k_row + d);
+          if (d < p.dim) score[j] += q[i] * value(p.k_pages, k_row, d, p.dim);
         }
       }
     }
@@ -106,6 +92,7 @@ struct PagedAttentionRows {
       const int d = lane_id() + i * kWarp;
       const int64_t from = offset(p.q_strides, b, token, head) + d;
       q[i] = d < p.dim ? load_float(static_cast<const T*>(p.q) + from) * p.scale * kLog2e : 0.f;
+      if (p.k_channels && d < p.dim) q[i] *= p.k_channels[kv_head * p.dim + d];
     }
     for (int key = first; key < last; key += kKeys) {
       float score[kKeys];
@@ -127,7 +114,7 @@ struct PagedAttentionRows {
 #pragma unroll
         for (int i = 0; i < kPerLane; i++) {
           const int d = lane_id() + i * kWarp;
-          if (d < p.dim) out[i] += weight * load_float(static_cast<const T*>(p.v_pages) + v_row[j] + d);
+          if (d < p.dim) out[i] += weight * value(p.v_pages, v_row[j], d, p.dim);
         }
       }
     }
@@ -142,10 +129,11 @@ struct PagedAttentionRows {
     for (int i = 0; i < kPerLane; i++) {
       const int d = lane_id() + i * kWarp;
       if (d >= p.dim) continue;
+      const float factor = p.v_channels ? inverse * p.v_channels[head / (p.q_heads / p.kv_heads) * p.dim + d] : inverse;
       if (p.splits > 1)
-        partial_out(p, split, row)[d] = out[i] * inverse;
+        partial_out(p, split, row)[d] = out[i] * factor;
       else
-        store_float(static_cast<T*>(p.out) + at + d, out[i] * inverse);
+        store_float(static_cast<T*>(p.out) + at + d, out[i] * factor);
     }
     const float lse = sum == 0.f ? -INFINITY : (top + log2_approx(sum)) * kLn2;
     if (lane_id() == 0)

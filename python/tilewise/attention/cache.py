@@ -1,0 +1,157 @@
+"""Keys and values of one layer in pages, as numbers or as codes."""
+
+import torch
+
+from tilewise import _C
+from tilewise._library import check_tensors, register
+from tilewise.attention.paged import FORMATS, attend_pages
+
+_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+_cache_append_op = register(
+    "cache_append(Tensor(a!) k_pages, Tensor(b!) v_pages, Tensor block_table, Tensor start, Tensor k, Tensor v, "
+    "int format, Tensor? k_channels, Tensor? v_channels, Tensor? cos, Tensor? sin, bool interleaved) -> ()",
+    _C.cache_append,
+    fake=lambda *_: None,
+)
+_cache_rotate_op = register(
+    "cache_rotate(Tensor(a!) k_pages, Tensor block_table, Tensor positions, int dim, int format, "
+    "Tensor? k_channels, Tensor cos, Tensor sin, bool interleaved) -> ()",
+    _C.cache_rotate,
+    fake=lambda *_: None,
+)
+
+
+def rope_angles(positions: torch.Tensor, rotary_dim: int, theta: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin of ``position * theta ** (-2 i / rotary_dim)``, float32 (*positions, rotary_dim / 2)."""
+    exponents = torch.arange(0, rotary_dim, 2, dtype=torch.float64, device=positions.device) / rotary_dim
+    angles = positions[..., None].double() * theta**-exponents
+    return angles.cos().float(), angles.sin().float()
+
+
+class KVCache:
+    """Keys and values of one layer in pages, quantised on the way in and read as they are by attention.
+
+    Formats: ``fp32``, ``fp16``, ``bf16``; ``int8``, ``int4``, ``int2``, channel-separable tokenwise (He et al.,
+    ZipCache, arXiv:2405.14256): with a number c for each key head and channel, a row x of one token and head is stored
+    as x / c = scale * code + zero, with one bf16 scale and zero for the row; ``bfp12``, 4-bit two's complement
+    mantissas with an 8-bit exponent for each 32 channels. No row is ever dequantised but in attention's registers and
+    blocks of keys: for K, c joins the query, for V the output.
+
+    Args:
+        num_pages, page_size, kv_heads, head_dim: the pool; head_dim from 1 to 256.
+        format: one of the above.
+        k_channels, v_channels: float32 (Hkv, D), c of the int formats; None: ones. :meth:`channels` finds them.
+        device: of the pages.
+
+    Attributes:
+        k_pages, v_pages: (P, page_size, Hkv, D), or uint8 (P, page_size, Hkv, row bytes) of codes.
+    """
+
+    def __init__(
+        self,
+        num_pages: int,
+        page_size: int,
+        kv_heads: int,
+        head_dim: int,
+        *,
+        format: str = "bf16",
+        k_channels: torch.Tensor | None = None,
+        v_channels: torch.Tensor | None = None,
+        device: torch.device | str | None = None,
+    ):
+        if format not in _DTYPES and format not in FORMATS:
+            known = ", ".join([*_DTYPES, *FORMATS[1:]])
+            raise ValueError(f"KVCache: format is {format!r}, expected one of {known}")
+        if not 1 <= head_dim <= 256:
+            raise ValueError(f"KVCache: head_dim is {head_dim}, expected 1 to 256")
+        check_tensors("KVCache", k_channels=k_channels, v_channels=v_channels)
+        self.format, self.head_dim = format, head_dim
+        self.k_channels, self.v_channels = k_channels, v_channels
+        self._code = FORMATS.index(format) if format in FORMATS else 0
+        dtype, width = _DTYPES.get(format, torch.uint8), head_dim
+        if self._code:
+            width = _C.cache_row_bytes(self._code, head_dim)
+        shape = (num_pages, page_size, kv_heads, width)
+        self.k_pages, self.v_pages = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
+
+    @staticmethod
+    def channels(x: torch.Tensor) -> torch.Tensor:
+        """sqrt(max |x|) of every head and channel of (B, Hkv, S, D) calibration data, 1 where all is zero."""
+        largest = x.detach().float().abs().amax((0, 2))
+        return torch.where(largest > 0, largest.sqrt(), torch.ones_like(largest)).contiguous()
+
+    @property
+    def nbytes(self) -> int:
+        return self.k_pages.nbytes + self.v_pages.nbytes
+
+    def append(
+        self,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        block_table: torch.Tensor,
+        start: torch.Tensor,
+        *,
+        cos: torch.Tensor | None = None,
+        sin: torch.Tensor | None = None,
+        theta: float | None = None,
+        positions: torch.Tensor | None = None,
+        rotary_dim: int | None = None,
+        interleaved: bool = False,
+    ) -> None:
+        """Writes k, v (B, Hkv, S, D) to positions ``start[b] + i`` of the sequences, in place.
+
+        Keys are rotated (RoPE, Su et al., arXiv:2104.09864) on the way by cos and sin, float32 (B or 1, S, R / 2), or
+        by ``theta``: then by position * theta^(-2 i / rotary_dim), positions (B, S) by default those written to. Pairs
+        are channels (i, i + R / 2), or with ``interleaved`` (2 i, 2 i + 1). A row that is not finite becomes NaN.
+
+        Raises:
+            ValueError: wrong shape; on CPU, positions beyond the block table or pages beyond the pool (nothing is
+                written). On CUDA those are skipped and the next tilewise call on the device raises.
+            TypeError: wrong dtype; k and v have the pages' dtype, any float of codes.
+        """
+        check_tensors("KVCache.append", k=k, v=v, block_table=block_table, start=start, cos=cos, sin=sin)
+        if theta is not None:
+            if cos is not None:
+                raise ValueError("KVCache.append: theta and cos are given, expected one of them")
+            if positions is None:
+                positions = start[:, None] + torch.arange(k.shape[2], device=start.device)
+            cos, sin = rope_angles(positions, rotary_dim or self.head_dim, theta)
+        options = (self._code, self.k_channels, self.v_channels, cos, sin, interleaved)
+        _cache_append_op(self.k_pages, self.v_pages, block_table, start, k, v, *options)
+        torch.autograd.graph.increment_version((self.k_pages, self.v_pages))
+
+    def attend(self, q: torch.Tensor, block_table: torch.Tensor, seq_lens: torch.Tensor, **options):
+        """:func:`paged_attention` of q (B, Hq, S, D) to this cache; with codes, q may have any float type."""
+        pages = (self.k_pages, self.v_pages, block_table, seq_lens)
+        return attend_pages(q, *pages, format=self._code, channels=(self.k_channels, self.v_channels), **options)
+
+    def update_rope(
+        self,
+        block_table: torch.Tensor,
+        positions: torch.Tensor,
+        delta: torch.Tensor | int,
+        *,
+        theta: float = 10000.0,
+        rotary_dim: int | None = None,
+        interleaved: bool = False,
+    ) -> None:
+        """Moves cached keys by ``delta`` positions: rotates those at ``positions`` int32 (B, N) further, in place.
+
+        For caches of text that is used again elsewhere (Sun et al., Block-Attention, arXiv:2409.15355). ``delta`` is a
+        number or (B, N), may be negative. Codes are made anew, which rounds once more. No position may stand twice.
+        """
+        check_tensors("KVCache.update_rope", block_table=block_table, positions=positions)
+        moved = torch.as_tensor(delta, device=positions.device).expand(positions.shape)
+        cos, sin = rope_angles(moved, rotary_dim or self.head_dim, theta)
+        options = (self.head_dim, self._code, self.k_channels, cos, sin, interleaved)
+        _cache_rotate_op(self.k_pages, block_table, positions, *options)
+        torch.autograd.graph.increment_version((self.k_pages,))
+
+    def compact(
+        self, block_table: torch.Tensor, prefix_len: torch.Tensor, path: torch.Tensor, accept_len: torch.Tensor
+    ) -> None:
+        """:func:`speculative.compact_kv` of this cache: keeps the rows of the accepted nodes of a tree."""
+        from tilewise.speculative import compact_kv
+
+        compact_kv([(self.k_pages, self.v_pages)], block_table, prefix_len, path, accept_len)
