@@ -161,6 +161,7 @@ def test_rotation_on_the_way_in(device, format, interleaved, rotary_dim):
 
 
 @pytest.mark.parametrize("format", ["fp32", "bf16", "int8"])
+@pytest.mark.modes
 def test_rotation_in_the_cache(device, format):
     """Keys written at 0.. and moved by 100 are those that would have been written at 100..; others stay."""
     dtype = FLOATS.get(format, torch.float32)
@@ -179,6 +180,7 @@ def test_rotation_in_the_cache(device, format):
 
 
 @pytest.mark.parametrize("format", [*CODES, "fp16"])
+@pytest.mark.modes
 def test_compact(device, format):
     cache, table, _, _ = filled(format, 1, 2, 20, 64, dtype=FLOATS.get(format, torch.float32))
     rows = rows_of(cache.k_pages, table, 20).clone()
@@ -189,6 +191,7 @@ def test_compact(device, format):
 
 @pytest.mark.parametrize("format", CODES)
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.modes
 def test_not_finite(device, format, bad):
     """A row with NaN or infinity reads as NaN, and only that row; so do the results that see it."""
     k, v = torch.randn(2, 1, 1, 6, 32)
