@@ -258,6 +258,42 @@ def test_rows_and_leftpad(device, causal):
     check_cache(q, caches, [None, None], past, torch.float32, {"causal": causal}, **options, rows=rows.tolist())
 
 
+def pages_of(cache, table, page_size):
+    """The rows of a cache as pages in the order of a table, in a pool that has others."""
+    pool = torch.randn(int(table.max()) + 2, page_size, *cache.shape[2:]).to(cache)
+    pool[table.long()] = cache[: table.shape[0]].unflatten(1, (-1, page_size))
+    return pool
+
+
+@pytest.mark.parametrize("page_size", [4, 16, 48])
+@pytest.mark.parametrize("name", ["plain", "causal", "window", "causal-window", "softcap"])
+@pytest.mark.parametrize("queries", [1, 5])
+def test_pages(device, page_size, name, queries):
+    """The same cache in pages: what the rows give, and the new keys where the table says."""
+    ours, _ = OPTIONS[name]
+    ours = {n: value for n, value in ours.items() if n != "deterministic"}
+    q, caches, added, past = cache_case(device, torch.float32, queries=queries, new=queries)
+    table = torch.randperm(3 * 48 // page_size).view(3, -1).to(device.torch, torch.int32)
+    pools = [pages_of(cache, table, page_size) for cache in caches]
+    angles = torch.rand(48, 16) * 6
+    options = {"rotary_cos": angles.cos(), "rotary_sin": angles.sin()}
+    options = {n: t.to(device.torch) for n, t in options.items()} | ours | {"return_softmax_lse": True}
+    out, lse = flash_attn.flash_attn_with_kvcache(q, *caches, *added, cache_seqlens=past, **options)
+    got = flash_attn.flash_attn_with_kvcache(q, *pools, *added, cache_seqlens=past, block_table=table, **options)
+    torch.testing.assert_close(got[0], out, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(got[1], lse, rtol=1e-5, atol=1e-5)
+    for cache, pool in zip(caches, pools, strict=True):
+        assert torch.equal(pool[table.long()].flatten(1, 2), cache[:3])
+
+
+def test_num_splits(device):
+    q, caches, _, past = cache_case(device, torch.float32, queries=1, new=0)
+    expected = flash_attn.flash_attn_with_kvcache(q, *caches, cache_seqlens=past)
+    for splits in (1, 3):
+        got = flash_attn.flash_attn_with_kvcache(q, *caches, cache_seqlens=past, num_splits=splits)
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("interleaved", [False, True], ids=["halves", "interleaved"])
 @pytest.mark.parametrize("name", ["plain", "causal", "window"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
@@ -369,6 +405,14 @@ BAD = {
     "rows": (ValueError, "cache_batch_idx has .0, 3.", with_cache(cache_batch_idx=CU)),
     "few-rows": (ValueError, "k_cache has 1 rows", with_cache(k_cache=K[:1], v_cache=K[:1])),
     "leftpad": (ValueError, "cache_leftpad has .0, 6.", with_cache(cache_leftpad=2 * CU)),
+    "table-dims": (ValueError, "block_table has 1 dim", with_cache(block_table=CU)),
+    "table-rows": (ValueError, "cache_batch_idx is given", with_cache(block_table=CU[:, None], cache_batch_idx=CU)),
+    "table-leftpad": (
+        NotImplementedError,
+        "cache_leftpad is given, expected None beside a block_table",
+        with_cache(block_table=CU[:, None], cache_leftpad=CU),
+    ),
+    "table-pages": (ValueError, "block_table|page", with_cache(block_table=CU[:, None])),
     "cache-dtype": (TypeError, "k", with_cache(k_cache=K.half(), v_cache=K.half())),
 }
 

@@ -21,7 +21,7 @@ import torch
 
 from tilewise import rope
 from tilewise._library import check_tensors
-from tilewise.attention import attention, attention_varlen
+from tilewise.attention import attention, attention_varlen, paged_attention
 from tilewise.speculative import append_kv
 
 __all__ = [
@@ -216,68 +216,65 @@ def flash_attn_with_kvcache(
 ):
     """Attention of q (B, S, Hq, D) to a cache, to which k and v (B, Sn, Hkv, D) are appended in place first.
 
-    Nothing waits for the device, and nothing is differentiable.
+    Nothing waits for the device, and nothing is differentiable. :func:`tilewise.paged_attention` reads the cache, rows
+    as pages of the rows' length; with cache_leftpad or alibi_slopes :func:`tilewise.attention_varlen` reads the rows.
 
     Args:
-        k_cache, v_cache: (Bc, S_max, Hkv, D).
+        k_cache, v_cache: (Bc, S_max, Hkv, D); or with a block_table pages (P, page size, Hkv, D), any page size.
         cache_seqlens: keys that sequence b has before the call, int32 (B,), or one number for all. With k they must be
-            given; without k, None is S_max.
+            given; without k, None is all that the cache has room for.
         rotary_cos, rotary_sin: (positions, P). The first 2P channels of the new keys turn by their places in the cache,
             those of query i by place ``cache_seqlens + i`` if causal or windowed, else by ``cache_seqlens``.
         rotary_interleaved: pairs are channels (2i, 2i + 1); otherwise (i, i + P).
         cache_batch_idx: int32 (B,), which row of the cache a sequence has; default row b.
         cache_leftpad: int32 (B,), where in its row a sequence begins; default 0.
-        num_splits: how many parts the keys are cut into changes speed only, and is chosen here.
+        block_table: int32 (B, pages per sequence), the pages of a sequence in order.
+        num_splits: how many parts the keys are cut into; 0 leaves the choice. Changes results by rounding only.
         return_softmax_lse: also return lse (B, Hq, S).
 
     Returns:
         out (B, S, Hq, D), or (out, lse).
 
     Raises:
-        ValueError: k without v, cos without sin, either without k, k without cache_seqlens; on CPU also lengths beyond
-            the cache.
-        NotImplementedError: a block_table.
+        ValueError: k without v, cos without sin, either without k, k without cache_seqlens, cache_batch_idx beside a
+            block_table; on CPU also lengths beyond the cache.
+        NotImplementedError: cache_leftpad or alibi_slopes beside a block_table.
     """
     operation = "flash_attn_with_kvcache"
     _expect_dims(operation, 4, q=q, k_cache=k_cache, v_cache=v_cache, k=k, v=v)
     check_tensors(operation, rotary_cos=rotary_cos, rotary_sin=rotary_sin, cache_batch_idx=cache_batch_idx)
-    check_tensors(operation, cache_leftpad=cache_leftpad, block_table=block_table)
-    if block_table is not None:
-        raise NotImplementedError(f"{operation}: block_table is given, expected None (no kernel reads its pages yet)")
+    check_tensors(operation, cache_leftpad=cache_leftpad, block_table=block_table, alibi_slopes=alibi_slopes)
     _expect_together(operation, k=k, v=v)
-    _expect_tables(operation, rotary_cos, rotary_sin, k, k_cache)
     if cache_seqlens is None and k is not None:
         raise ValueError(f"{operation}: cache_seqlens is None, expected how many keys stand before k")
-    batch, capacity = q.shape[0], k_cache.shape[1]
+    if block_table is not None:
+        _expect_pages(operation, block_table, cache_batch_idx, cache_leftpad, alibi_slopes)
+    table = _table_of_rows(operation, q, k_cache, cache_batch_idx) if block_table is None else block_table
+    capacity = table.shape[1] * k_cache.shape[1]
+    _expect_tables(operation, rotary_cos, rotary_sin, k, capacity, q.shape[3])
     past = _per_sequence(operation, "cache_seqlens", capacity if cache_seqlens is None else cache_seqlens, q)
     begin = _per_sequence(operation, "cache_leftpad", 0 if cache_leftpad is None else cache_leftpad, q)
-    if cache_batch_idx is None and k_cache.shape[0] < batch:
-        raise ValueError(f"{operation}: k_cache has {k_cache.shape[0]} rows, expected at least {batch} (q's batch)")
-    row = torch.arange(batch, device=q.device) if cache_batch_idx is None else cache_batch_idx
-    row = _per_sequence(operation, "cache_batch_idx", row, q)
-    _expect_places(operation, k_cache, row, begin, past + (0 if k is None else k.shape[1]))
+    _expect_lengths(operation, begin, past + (0 if k is None else k.shape[1]), capacity)
     if rotary_cos is not None:
         one_place = not causal and max(window_size) < 0
         tables = rotary_cos, rotary_sin, rotary_interleaved
         q, k = _turned(q, past, *tables, one_place=one_place), _turned(k, past, *tables)
     if k is not None:
-        append_kv(k_cache, v_cache, row[:, None].contiguous(), past, _rows_contiguous(k), _rows_contiguous(v))
+        append_kv(k_cache, v_cache, table, past, _rows_contiguous(k), _rows_contiguous(v))
         past = past + k.shape[1]
-    if cache_batch_idx is not None:
-        k_cache, v_cache = k_cache[row.long()], v_cache[row.long()]
-    out, lse = _attend_rows(
-        _rows_contiguous(q),
-        k_cache[:batch],
-        v_cache[:batch],
-        begin,
-        past,
-        causal=causal,
-        scale=softmax_scale,
-        window=_window(window_size, causal),
-        softcap=softcap,
-        alibi_slopes=alibi_slopes,
-    )
+    options = {"causal": causal, "scale": softmax_scale, "window": _window(window_size, causal), "softcap": softcap}
+    if cache_leftpad is None and alibi_slopes is None:
+        pages = k_cache, v_cache, table, past
+        out, lse = paged_attention(_heads_first(q), *pages, **options, num_splits=num_splits or None, return_lse=True)
+        out = out.transpose(1, 2)
+    else:
+        rows = [_rows_of(cache, table, cache_batch_idx) for cache in (k_cache, v_cache)]
+        out, lse = _attend_rows(_rows_contiguous(q), *rows, begin, past, alibi_slopes=alibi_slopes, **options)
     return (out, lse) if return_softmax_lse else out
+
+
+def _rows_of(cache, table, cache_batch_idx):
+    return cache[: table.shape[0]] if cache_batch_idx is None else cache[table[:, 0].long()]
 
 
 def _attend_rows(q, k_cache, v_cache, begin, end, *, alibi_slopes, **options):
@@ -359,17 +356,39 @@ def _expect_together(operation, **tensors):
         raise ValueError(f"{operation}: {missing[0]} is None, expected a tensor beside {given}")
 
 
-def _expect_tables(operation, cos, sin, k, k_cache):
+def _expect_tables(operation, cos, sin, k, capacity, dim):
     _expect_together(operation, rotary_cos=cos, rotary_sin=sin)
     if cos is None:
         return
     if k is None:
         raise ValueError(f"{operation}: k is None, expected the keys that rotary_cos belongs to")
-    capacity, dim = k_cache.shape[1], k_cache.shape[3]
     for name, t in (("rotary_cos", cos), ("rotary_sin", sin)):
         if t.ndim != 2 or t.shape != cos.shape or t.shape[0] < capacity or 2 * t.shape[1] > dim:
             expected = f"({capacity} or more, {dim // 2} or less), both alike"
             raise ValueError(f"{operation}: {name} has shape {tuple(t.shape)}, expected {expected}")
+
+
+def _table_of_rows(operation, q, k_cache, cache_batch_idx):
+    """The block table int32 (B, 1) of a cache whose pages are its rows."""
+    batch, rows = q.shape[0], k_cache.shape[0]
+    if cache_batch_idx is not None:
+        table = _per_sequence(operation, "cache_batch_idx", cache_batch_idx, q)
+        if not table.is_cuda and batch and not 0 <= int(table.min()) <= int(table.max()) < rows:
+            raise ValueError(f"{operation}: cache_batch_idx has {table.tolist()}, expected 0 to {rows - 1} (rows)")
+        return table[:, None].contiguous()
+    if rows < batch:
+        raise ValueError(f"{operation}: k_cache has {rows} rows, expected at least {batch} (q's batch)")
+    return torch.arange(batch, dtype=torch.int32, device=q.device)[:, None]
+
+
+def _expect_pages(operation, block_table, cache_batch_idx, cache_leftpad, alibi_slopes):
+    if block_table.ndim != 2:
+        raise ValueError(f"{operation}: block_table has {block_table.ndim} dimensions, expected 2")
+    if cache_batch_idx is not None:
+        raise ValueError(f"{operation}: cache_batch_idx is given, expected None beside a block_table")
+    for name, value in (("cache_leftpad", cache_leftpad), ("alibi_slopes", alibi_slopes)):
+        if value is not None:
+            raise NotImplementedError(f"{operation}: {name} is given, expected None beside a block_table")
 
 
 def _per_sequence(operation, name, value, q):
@@ -385,15 +404,10 @@ def _per_sequence(operation, name, value, q):
     return value.int()
 
 
-def _expect_places(operation, k_cache, row, begin, end):
+def _expect_lengths(operation, begin, end, capacity):
     """On CPU; a GPU is not waited for, and its kernels stay within the tensors."""
-    rows, capacity = k_cache.shape[:2]
-    if row.is_cuda or not row.numel():
+    if end.is_cuda or not end.numel():
         return
-    if not 0 <= int(row.min()) <= int(row.max()) < rows:
-        raise ValueError(
-            f"{operation}: cache_batch_idx has {row.tolist()}, expected rows of the cache, 0 to {rows - 1}"
-        )
     if int(begin.min()) < 0 or bool((begin > end).any()):
         raise ValueError(f"{operation}: cache_leftpad has {begin.tolist()}, expected 0 to {end.tolist()} (the lengths)")
     if int(end.max()) > capacity:
