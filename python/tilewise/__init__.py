@@ -6,6 +6,7 @@ from tilewise import _C, block_sparsity, compat, distributed, optim, packing, re
 from tilewise.attention import (
     BlockMask,
     KVCache,
+    ZipCache,
     attention,
     attention_block_max,
     attention_column_sums,
@@ -25,6 +26,7 @@ __all__ = [
     "CompressedWeight",
     "KVCache",
     "NMSparse",
+    "ZipCache",
     "attention",
     "attention_block_max",
     "attention_column_sums",

@@ -1,10 +1,11 @@
 """Seeded bugs: each must be caught, which proves that the tests and detectors are alive.
 
-A mutation is a replacement in one source file. The harness copies csrc, applies it, compiles the family's CUDA sources
-for the emulator with -DTILEWISE_FEW_INSTANCES, and expects the family's ``check()`` to fail on the result.
+A mutation is a replacement in one source file. The harness copies csrc, applies it, compiles those of the family's CUDA
+sources that contain it for the emulator with -DTILEWISE_FEW_INSTANCES, and expects ``check()`` of its table to fail.
 """
 
 import functools
+import hashlib
 import os
 import shutil
 import subprocess
@@ -40,6 +41,10 @@ class Mutation:
 CLEAN = Mutation("clean", "", "", "", "plain")
 
 
+def _build_directory() -> Path:
+    return Path(os.environ.get("TILEWISE_BUILD_DIR", ROOT / "build"))
+
+
 @functools.cache
 def _runtime_objects(build: Path) -> list[str]:
     targets = ("tilewise_emulator_runtime", "tilewise_emulator_race_hooks")
@@ -62,23 +67,54 @@ def _apply(mutation: Mutation, csrc: Path) -> None:
     path.write_text(text.replace(mutation.old, mutation.new))
 
 
+def _compile(source: Path, csrc: Path, mode: str, target: Path) -> str:
+    common = ["-std=c++17", "-fPIC", "-g0", "-w", "-fvisibility=hidden", f"-I{csrc}", "-DTILEWISE_FEW_INSTANCES"]
+    command = ["g++", *common, *_FLAGS[mode], "-x", "c++", "-c", str(source), "-o", str(target)]
+    subprocess.run(command, check=True)
+    return str(target)
+
+
+@functools.cache
+def _includes(source: Path) -> frozenset[str]:
+    """The files below csrc/ that a source is made of."""
+    csrc = ROOT / "csrc"
+    command = ["g++", "-std=c++17", f"-I{csrc}", "-DTILEWISE_FEW_INSTANCES", "-MM", "-x", "c++", str(source)]
+    listed = subprocess.run(command, check=True, capture_output=True, text=True).stdout.replace("\\\n", " ").split()[1:]
+    return frozenset(str(Path(name).resolve().relative_to(csrc)) for name in listed if Path(name).is_relative_to(csrc))
+
+
+@functools.cache
+def _clean_object(source: Path, mode: str) -> str:
+    """The object of an unchanged source, kept in the build folder under a name that its text decides."""
+    text = hashlib.sha256(mode.encode())
+    for name in sorted(_includes(source)):
+        text.update((ROOT / "csrc" / name).read_bytes())
+    kept = _build_directory() / "mutations" / f"{source.stem}_{text.hexdigest()[:16]}.o"
+    if not kept.exists():
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        fresh = kept.with_suffix(f".{os.getpid()}.o")  # other processes may be at it too
+        _compile(source, ROOT / "csrc", mode, fresh)
+        fresh.replace(kept)
+    return str(kept)
+
+
 def build_mutant(family: str, mutation: Mutation, mode: str, directory: Path) -> Path:
-    """Compiles the mutated family into a library of its own."""
+    """Compiles what the mutation touches and links it with the family's other objects into a library of its own."""
     csrc = directory / "csrc"
-    shutil.copytree(ROOT / "csrc" / family, csrc / family)
-    for shared in ("common", "simt"):
-        shutil.copytree(ROOT / "csrc" / shared, csrc / shared)
+    for part in (family, "common", "simt"):
+        shutil.copytree(ROOT / "csrc" / part, csrc / part)
     _apply(mutation, csrc)
     library = directory / f"lib{family}_{mutation.name}_{mode}.so"
-    build = Path(os.environ.get("TILEWISE_BUILD_DIR", ROOT / "build"))
-    common = ["-std=c++17", "-fPIC", "-g0", "-w", "-fvisibility=hidden", f"-I{csrc}", "-DTILEWISE_FEW_INSTANCES"]
     objects = []
-    for source in sorted((csrc / family / "cuda").glob("*.cu")):
-        objects.append(str(source.with_suffix(".o")))
-        compile_ = ["g++", *common, *_FLAGS[mode], "-x", "c++", "-c", str(source), "-o", objects[-1]]
-        subprocess.run(compile_, check=True)
+    for source in sorted((ROOT / "csrc" / family / "cuda").glob("*.cu")):
+        if mutation.file in _includes(source):
+            mutated = csrc / source.relative_to(ROOT / "csrc")
+            objects.append(_compile(mutated, csrc, mode, directory / f"{source.stem}.o"))
+        else:
+            objects.append(_clean_object(source, mode))
     exports = f"-Wl,--version-script={csrc / 'simt' / 'emulator' / 'exports.map'}"
-    link = ["g++", "-shared", exports, *objects, *_runtime_objects(build), "-lpthread", "-ldl", "-o", str(library)]
+    runtime = _runtime_objects(_build_directory())
+    link = ["g++", "-shared", exports, *objects, *runtime, "-lpthread", "-ldl", "-o", str(library)]
     subprocess.run(link, check=True)
     return library
 

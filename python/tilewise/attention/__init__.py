@@ -15,10 +15,12 @@ from tilewise.attention.paged import paged_attention
 from tilewise.attention.scores import attention_block_max, attention_column_sums
 from tilewise.attention.tensor import tensor_attention
 from tilewise.attention.varlen import attention_varlen
+from tilewise.attention.zip_cache import ZipCache
 
 __all__ = [
     "BlockMask",
     "KVCache",
+    "ZipCache",
     "attention",
     "attention_block_max",
     "attention_column_sums",

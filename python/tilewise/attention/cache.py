@@ -2,7 +2,7 @@
 
 import torch
 
-from tilewise import _C
+from tilewise import _C, rope
 from tilewise._library import check_tensors, register
 from tilewise.attention.paged import FORMATS, attend_pages
 
@@ -20,13 +20,6 @@ _cache_rotate_op = register(
     _C.cache_rotate,
     fake=lambda *_: None,
 )
-
-
-def rope_angles(positions: torch.Tensor, rotary_dim: int, theta: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin of ``position * theta ** (-2 i / rotary_dim)``, float32 (*positions, rotary_dim / 2)."""
-    exponents = torch.arange(0, rotary_dim, 2, dtype=torch.float64, device=positions.device) / rotary_dim
-    angles = positions[..., None].double() * theta**-exponents
-    return angles.cos().float(), angles.sin().float()
 
 
 class KVCache:
@@ -116,7 +109,7 @@ class KVCache:
                 raise ValueError("KVCache.append: theta and cos are given, expected one of them")
             if positions is None:
                 positions = start[:, None] + torch.arange(k.shape[2], device=start.device)
-            cos, sin = rope_angles(positions, rotary_dim or self.head_dim, theta)
+            cos, sin = rope.table(positions, rotary_dim or self.head_dim, theta=theta)
         options = (self._code, self.k_channels, self.v_channels, cos, sin, interleaved)
         _cache_append_op(self.k_pages, self.v_pages, block_table, start, k, v, *options)
         torch.autograd.graph.increment_version((self.k_pages, self.v_pages))
@@ -143,7 +136,7 @@ class KVCache:
         """
         check_tensors("KVCache.update_rope", block_table=block_table, positions=positions)
         moved = torch.as_tensor(delta, device=positions.device).expand(positions.shape)
-        cos, sin = rope_angles(moved, rotary_dim or self.head_dim, theta)
+        cos, sin = rope.table(moved, rotary_dim or self.head_dim, theta=theta)
         options = (self.head_dim, self._code, self.k_channels, cos, sin, interleaved)
         _cache_rotate_op(self.k_pages, block_table, positions, *options)
         torch.autograd.graph.increment_version((self.k_pages,))
