@@ -23,6 +23,10 @@ FACTS = {
     "PagedAttention<.* 128,": {**_TENSOR_CORES, "HMMA": ">=128"},
     "PagedAttentionRows<": {**_NO_SPILLS, "registers": "<=128"},
     "::MergeSplits<": _NO_SPILLS,
+    "::Scores<.*TensorScores<": {**_TENSOR_CORES, r"STG.*\.128": 0, "HMMA": ">=16"},
+    "::Scores<.*TensorScores<.* 64>": {"registers": "<=128"},
+    "::Scores<.*TensorScores<.*BlockMax": {"MUFU": "<=16"},  # one exponential per result
+    "::Scores<.*FloatScores<": {**_NO_SPILLS, "FFMA": ">=32"},
     "::Any": {**_NO_SPILLS, "FFMA": ">=128"},
     "::Delta<": {**_NO_SPILLS, "registers": "<=64"},
     "::(SinkGradient|PackMask)": {**_NO_SPILLS, "registers": "<=64"},

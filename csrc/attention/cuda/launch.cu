@@ -53,10 +53,16 @@ bool rows_aligned(const BackwardParams& b) {
          aligned(b.dk, b.dk_strides, keys(p), p.dim, p.type) && aligned(b.dv, b.dv_strides, keys(p), p.v_dim, p.type);
 }
 
+bool rows_aligned(const ScoresParams& p) {
+  return aligned(p.q, p.q_strides, {p.batch, p.q_heads, p.rows}, p.dim, p.type) &&
+         aligned(p.k, p.k_strides, {p.batch, p.kv_heads, p.keys}, p.dim, p.type);
+}
+
 }  // namespace tilewise::attention
 
 extern "C" __attribute__((visibility("default"))) const tilewise::attention::Kernels tilewise_attention_cuda = {
     &tilewise::attention::forward,      &tilewise::attention::backward,       &tilewise::attention::pack_mask,
     &tilewise::attention::attend_paged, &tilewise::attention::attend_codes,   &tilewise::attention::write_cache,
     &tilewise::attention::merge,        &tilewise::attention::merge_backward, &tilewise::attention::rope,
+    &tilewise::attention::column_sums,  &tilewise::attention::block_max,
 };

@@ -29,10 +29,13 @@ const char* write_cache(const CacheWriteParams&, const Runtime&);
 const char* merge(const MergeParams&, const Runtime&);
 const char* merge_backward(const MergeBackwardParams&, const Runtime&);
 const char* rope(const RopeParams&, const Runtime&);
+const char* column_sums(const ScoresParams&, const Runtime&);
+const char* block_max(const ScoresParams&, const Runtime&);
 
 // Whether every row of every tensor consists of aligned 16 bytes.
 bool rows_aligned(const ForwardParams&);
 bool rows_aligned(const BackwardParams&);
+bool rows_aligned(const ScoresParams&);
 
 template <class T>
 struct TypeTag {
@@ -52,9 +55,11 @@ inline const char* no_such_instance() {
 // select(..., fn) calls fn with the tags of the instance. TILEWISE_FEW_INSTANCES keeps one type and head dim: seeded
 // bugs are compiled often.
 // The head dim of the instance that serves these.
-inline int padded_dim(const ForwardParams& p) {
-  const int dim = p.dim > p.v_dim ? p.dim : p.v_dim;
+inline int padded_dim(int dim) {
   return dim <= 64 ? 64 : dim <= 128 ? 128 : 256;
+}
+inline int padded_dim(const ForwardParams& p) {
+  return padded_dim(p.dim > p.v_dim ? p.dim : p.v_dim);
 }
 template <class Fn>
 const char* select_dim(int dim, Fn fn) {
