@@ -19,6 +19,12 @@ SHAPES = [
     Shape(1, 1, 1, 1030, 1030, 64, 64),
     Shape(2, 8, 1, 1, 300, 128, 128),
 ]
+FEW_QUERIES = [
+    *(Shape(4, 4 * group, 4, queries, 140, 64, 64) for group in (4, 8) for queries in (1, 3, 8)),
+    Shape(3, 6, 2, 7, 150, 40, 24),  # three rows of a query, which no vector is a multiple of
+    Shape(4, 24, 1, 2, 130, 64, 64),  # more than a vector
+    Shape(1, 4, 1, 12, 5, 64, 64),
+]
 ODD_DIMS = [
     Shape(1, 2, 1, 33, 65, 40, 24),
     Shape(1, 2, 2, 50, 70, 7, 3),  # no row sees a single key: torch's terms would cancel exactly in three dimensions
@@ -44,6 +50,15 @@ def check(shape, dtype, device, causal, layout="bhsd", scale=None):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_against_reference(device, shape, dtype, causal):
     check(shape.on(device), dtype, device, causal)
+
+
+@pytest.mark.devices("cpu")
+@pytest.mark.parametrize("causal", [False, True], ids=["dense", "causal"])
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("shape", FEW_QUERIES, ids=str)
+def test_few_queries(device, shape, dtype, causal):
+    """The heads of a group share a tile."""
+    check(shape, dtype, device, causal, layout="bshd" if shape.queries == 3 else "bhsd")
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)

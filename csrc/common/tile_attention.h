@@ -41,6 +41,15 @@ struct SeesUpTo {
   }
 };
 
+// Row i is row i + `skipped` of those of which `step` in turn see the same.
+struct SeesInSteps {
+  int64_t first;
+  int count, step, skipped;
+  TILEWISE_INLINE VF hide(VF score, int row, int key) const {
+    return SeesUpTo{first, count}.hide(score, (row + skipped) / step, key);
+  }
+};
+
 // What a policy may do beside hiding, by overloads: change scores, here those relative to `reference`, and the weights
 // that meet values, though not their sum.
 template <class Visible>

@@ -9,23 +9,28 @@ namespace {
 
 constexpr int kTileQueries = 2 * kTileRows;
 constexpr int kTaskTiles = kTaskQueries / kTileQueries;
-// Fewer queries do not pay for packing the keys. Judged by sequence: packed sequences give the bits of separate ones.
+// The backward, and in float32 the forward, is left to vectors below this: in parts of float32 fewer queries do not pay
+// for packing the keys, and both passes have to agree about the bits of scores. Judged by sequence, so that packed
+// sequences give the bits of separate ones.
 constexpr int kMinTileQueries = 16;
 
-// What a task's tiles see of a block: row i of the task sees the keys below first + i.
+// What a task's tiles see of a block: row i of the task sees the keys below first + i / heads.
 struct BlockPlan {
   int64_t first;
-  int queries, count;
+  int size, heads, count;  // rows, and those that see the same; keys
 
-  int rows(int t) const { return min_of(kTileQueries, queries - t * kTileQueries); }
-  int keys(int t) const { return static_cast<int>(min_of<int64_t>(count, first + t * kTileQueries + rows(t) - 1)); }
+  int rows(int t) const { return min_of(kTileQueries, size - t * kTileQueries); }
+  int keys(int t) const {
+    return static_cast<int>(min_of<int64_t>(count, first + (t * kTileQueries + rows(t) - 1) / heads));
+  }
   template <class F>
   void see(int t, const F& f) const {
-    const int64_t row = first + t * kTileQueries;
-    if (row >= count && count % kTileDepth == 0)
+    if (first + t * kTileQueries / heads >= count && count % kTileDepth == 0)
       f(SeesAll());
+    else if (heads == 1)
+      f(SeesUpTo{first + t * kTileQueries, count});
     else
-      f(SeesUpTo{row, count});
+      f(SeesInSteps{first, count, heads, t * kTileQueries});
   }
 };
 
@@ -58,35 +63,32 @@ struct RuledPlan {
   }
 };
 
-// kTaskQueries queries, at most, of one head of a sequence, from `begin` on.
 template <class T>
 struct ForwardTilesTask {
   const ForwardParams& p;
   const Sequence& seq;
-  int64_t head;
-  int begin, queries;
+  const TaskRows& rows;
   TileAttention<T> attention;
-  AttentionRows rows[kTaskTiles];
+  AttentionRows states[kTaskTiles];
 
-  ForwardTilesTask(const ForwardParams& p, const Sequence& seq, int64_t head, int begin)
+  ForwardTilesTask(const ForwardParams& p, const TaskRows& rows)
       : p(p),
-        seq(seq),
-        head(head),
-        begin(begin),
-        queries(min_of(kTaskQueries, seq.queries - begin)),
-        attention(p.dim, p.v_dim, static_cast<float>(p.scale * kLog2e), queries,
+        seq(rows.seq),
+        rows(rows),
+        attention(p.dim, p.v_dim, static_cast<float>(p.scale * kLog2e), rows.count(),
                   p.rules.blocks ? p.rules.block_k : kTileDepth) {}
 
-  int tiles() const { return static_cast<int>(ceil_div(queries, kTileQueries)); }
-  int queries_of(int t) const { return min_of(kTileQueries, queries - t * kTileQueries); }
+  int tiles() const { return static_cast<int>(ceil_div(rows.count(), kTileQueries)); }
+  int rows_of(int t) const { return min_of(kTileQueries, rows.count() - t * kTileQueries); }
   int64_t query_size() const { return attention.query_size(kTileQueries); }  // of one tile, as the next
   int64_t state_size() const { return kTileQueries * (attention.columns() + W + 1); }
   int64_t bytes() const {
     return attention.bytes(tiles()) + tiles() * (query_size() * sizeof(Packed) + state_size() * sizeof(float));
   }
 
-  auto rows_of(const void* base, const Strides& strides, int64_t at_head, int64_t first) const {
-    const T* row = row_of<const T>(base, strides, seq.batch, at_head, first);
+  auto keys_from(const void* base, const Strides& strides, int64_t key) const {
+    const int64_t kv_head = rows.head / (p.q_heads / p.kv_heads);
+    const T* row = row_of<const T>(base, strides, seq.batch, kv_head, seq.k_row + key);
     return [row, step = strides.row](int64_t i) { return row + i * step; };
   }
 
@@ -97,53 +99,51 @@ struct ForwardTilesTask {
     fill(state, tiles() * state_size(), 0);
     for (int t = 0; t < tiles(); t++, state += state_size(), packed += query_size()) {
       float *out = state, *sums = out + kTileQueries * attention.columns();
-      rows[t] = {packed, out, sums, sums + kTileQueries * W, false};
-      attention.pack_queries(packed, rows_of(p.q, p.q_strides, head, seq.q_row + begin + t * kTileQueries),
-                             queries_of(t), kTileQueries);
+      states[t] = {packed, out, sums, sums + kTileQueries * W, false};
+      attention.pack_queries(packed, rows.in<const T>(p.q, p.q_strides, t * kTileQueries, rows_of(t)), rows_of(t),
+                             kTileQueries);
     }
   }
 
   template <class Plan>
   void attend(int64_t key, int count, const Plan& plan) {
-    const int64_t kv_head = head / (p.q_heads / p.kv_heads);
-    attention.add_block(rows, tiles(), rows_of(p.k, p.k_strides, kv_head, seq.k_row + key),
-                        rows_of(p.v, p.v_strides, kv_head, seq.k_row + key), count, plan);
+    attention.add_block(states, tiles(), keys_from(p.k, p.k_strides, key), keys_from(p.v, p.v_strides, key), count,
+                        plan);
   }
 
   void attend_all() {
     const int64_t diagonal = diagonal_of(p, seq);
-    const int64_t end = max_of<int64_t>(0, min_of<int64_t>(seq.keys, begin + queries + diagonal));
+    const int64_t end = max_of<int64_t>(0, min_of<int64_t>(seq.keys, rows.begin + rows.queries + diagonal));
     for (int64_t key = 0; key < end; key += attention.keys()) {
       const int count = static_cast<int>(min_of<int64_t>(attention.keys(), end - key));
-      attend(key, count, BlockPlan{begin + diagonal - key + 1, queries, count});
+      attend(key, count, BlockPlan{rows.begin + diagonal - key + 1, rows.count(), rows.heads, count});
     }
   }
 
   void attend_ruled(const HeadRules& rules) {
     int32_t kept[kKeptWords];
-    const int64_t last = begin + queries - 1, block = attention.keys();
-    for (int64_t key = 0; (key = rules.next_seen(begin, last, key)) < seq.keys; key += block) {
+    const int64_t first = rows.begin, last = first + rows.queries - 1, block = attention.keys();
+    for (int64_t key = 0; (key = rules.next_seen(first, last, key)) < seq.keys; key += block) {
       key = key / block * block;
       const int count = static_cast<int>(min_of<int64_t>(block, seq.keys - key));
-      attend(key, count, RuledPlan(rules, begin, key, queries, count, kept));
+      attend(key, count, RuledPlan(rules, first, key, rows.queries, count, kept));
     }
   }
 
   bool finite() const {
     for (int t = 0; t < tiles(); t++)
-      if (!attention.finite(rows[t], queries_of(t))) return false;
+      if (!attention.finite(states[t], rows_of(t))) return false;
     return true;
   }
 
   void store_tiles(float sink) const {
     const Strides statistics = statistics_strides(p);
     for (int t = 0; t < tiles(); t++) {
-      const int row = begin + t * kTileQueries;
-      float* lse = row_of<float>(p.lse, statistics, seq.batch, head, seq.q_row + row);
-      T* out = row_of<T>(p.out, p.out_strides, seq.batch, head, seq.q_row + row);
+      const int first = t * kTileQueries, count = rows_of(t);
+      const auto lse = rows.in<float>(p.lse, statistics, first, count);
       attention.finish(
-          rows[t], queries_of(t), [&](int i) { return out + i * p.out_strides.row; },
-          [&](int i, float value) { lse[i] = value; }, sink);
+          states[t], count, rows.in<T>(p.out, p.out_strides, first, count),
+          [&](int i, float value) { *lse(i) = value; }, sink);
     }
   }
 };
@@ -151,10 +151,10 @@ struct ForwardTilesTask {
 template <class T>
 bool forward_tiles_task(const ForwardParams& p, const Runtime& rt, int64_t b, int64_t head, int64_t block) {
   const Sequence seq = sequence_of(p, b);
-  const int begin = static_cast<int>(block) * kTaskQueries;
-  if (begin >= seq.queries) return true;
-  if (seq.queries < kMinTileQueries) return forward_task<T>(p, rt, b, head, block);
-  ForwardTilesTask<T> task(p, seq, head, begin);
+  const TaskRows rows(p, seq, head, block);
+  if (rows.empty()) return true;
+  if (kParts<T> == 3 && seq.queries < kMinTileQueries) return forward_task<T>(p, rt, b, head, block);
+  ForwardTilesTask<T> task(p, rows);
   char* memory = scratch<char>(rt, kTaskScratch, task.bytes());
   if (!memory) return false;
   task.load_tiles(memory);

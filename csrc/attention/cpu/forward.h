@@ -69,7 +69,8 @@ void score_region(const Region& region, int dim, const Rows& k, const ForwardTil
 #pragma GCC unroll 8
       for (int v = 0; v < N; v++) {
         VF score = acc[m][v];
-        if (kMasked && v == 0) score = select(iota() >= set1i(key + m - region.diagonal), score, set1(-kInfinity));
+        if (kMasked && v == 0)
+          score = select(iota() >= set1i((key + m) * region.step - region.diagonal), score, set1(-kInfinity));
         peak[v] = max(peak[v], score);
         VF e = exp2(score - reference[v]);
         sum[v] += e;
@@ -171,42 +172,79 @@ inline void attend_ruled(const ForwardParams& p, const HeadRules& rules, const P
   add_values(p, tile, s, v, regions, at.vectors());
 }
 
-// Normalises `count` queries of a tile and writes them; the first `blind` of them see no key at all.
-template <class T>
-void finish(const ForwardTile& tile, int count, int64_t blind, float sink, T* out, int64_t stride, int v_dim,
-            float* lse) {
+// Normalises `count` rows of a tile and writes them to out(row) and lse(row); the first `blind` of them see no key.
+template <class Out, class Lse>
+void finish(const ForwardTile& tile, int count, int64_t blind, float sink, int v_dim, const Out& out, const Lse& lse) {
   float factors[kLanes];
   bool nothing[kLanes];
   for (int i = 0; i < kLanes; i++) {
     const RowEnd end = end_row(tile.reference[i], i < blind ? 0 : tile.sum[i], sink);
     factors[i] = end.factor;
     nothing[i] = end.nothing;
-    if (i < count) lse[i] = end.lse;
+    if (i < count) *lse(i) = end.lse;
   }
-  unpack_tile(out, stride, tile.out, count, v_dim, factors);
+  unpack_tile(out, tile.out, count, v_dim, factors);
   for (int i = 0; i < count; i++)
     if (nothing[i])
-      for (int d = 0; d < v_dim; d++) out[i * stride + d] = from_float<T>(0);
+      for (int d = 0; d < v_dim; d++) out(i)[d] = {};
 }
 
-// Up to kTaskQueries queries of one head of a sequence, from `begin` on.
+// The rows of a task: up to kTaskQueries queries of one head of a sequence, from `begin` on. Or, where all queries of
+// all heads that share a key head fit one tile, these, so that keys and values are read once: row i is query i / heads
+// of head `head` + i % heads.
+struct TaskRows {
+  const Sequence& seq;
+  int64_t head;
+  int heads, begin, queries;
+
+  // Judged by sequence: packed sequences give the bits of separate ones.
+  static int heads_of(const ForwardParams& p, const Sequence& seq) {
+    const int group = p.q_heads / p.kv_heads;
+    return causal_or_dense(p.rules) && int64_t(seq.queries) * group <= kLanes ? group : 1;
+  }
+  TaskRows(const ForwardParams& p, const Sequence& seq, int64_t head, int64_t block)
+      : seq(seq),
+        head(head),
+        heads(heads_of(p, seq)),
+        begin(static_cast<int>(block) * kTaskQueries),
+        queries(min_of(kTaskQueries, seq.queries - begin)) {}
+
+  int count() const { return queries * heads; }
+  bool empty() const { return queries <= 0 || head % heads != 0; }  // the first head does the work of all
+
+  // Where the rows of a tile, from row `first` on, lie in memory.
+  template <class T>
+  struct Pointers {
+    T* row[kLanes];
+    T* operator()(int64_t i) const { return row[i]; }
+  };
+  template <class T, class P>
+  Pointers<T> in(P* base, const Strides& strides, int first, int count) const {
+    Pointers<T> to;
+    for (int i = 0; i < count; i++) {
+      const int row = first + i, query = heads == 1 ? row : row / heads;
+      to.row[i] = row_of<T>(base, strides, seq.batch, head + (row - query * heads), seq.q_row + begin + query);
+    }
+    return to;
+  }
+};
+
 template <class T>
 struct ForwardTask {
   const ForwardParams& p;
   const Sequence& seq;
-  int64_t head;
-  int begin, queries;
+  TaskRows rows;
   ForwardScratch s;
   const T *k, *v;  // the sequence's first
 
-  int tiles() const { return static_cast<int>(ceil_div(queries, kLanes)); }
-  int queries_of(int t) const { return min_of(kLanes, queries - t * kLanes); }
+  int tiles() const { return static_cast<int>(ceil_div(rows.count(), kLanes)); }
+  int rows_of(int t) const { return min_of(kLanes, rows.count() - t * kLanes); }
+  int query_of(int t) const { return rows.begin + t * kLanes; }  // the first of tile t, which only one head can pass
 
   void load_tiles() {
-    const T* q = row_of<const T>(p.q, p.q_strides, seq.batch, head, seq.q_row + begin);
     for (int t = 0; t < tiles(); t++) {
       ForwardTile& tile = s.tiles[t];
-      pack_tile(tile.q, q + t * kLanes * p.q_strides.row, p.q_strides.row, queries_of(t), p.dim,
+      pack_tile(tile.q, rows.in<const T>(p.q, p.q_strides, t * kLanes, rows_of(t)), rows_of(t), p.dim,
                 static_cast<float>(p.scale * kLog2e));
       fill(tile.out, int64_t(p.v_dim) * kLanes, 0);
       fill(tile.sum, kLanes, 0);
@@ -222,31 +260,30 @@ struct ForwardTask {
 
   void attend_all() {
     const int64_t diagonal = diagonal_of(p, seq);
-    const int64_t end = max_of<int64_t>(0, min_of<int64_t>(seq.keys, begin + queries + diagonal));
+    const int64_t end = max_of<int64_t>(0, min_of<int64_t>(seq.keys, rows.begin + rows.queries + diagonal));
     for (int64_t key = 0; key < end; key += kKeys) {
       const int count = static_cast<int>(min_of<int64_t>(kKeys, end - key));
       const Rows k_rows = k_block(key, count), v_rows = v_block(key, count);
       for (int t = 0; t < tiles(); t++) {
-        const int64_t first = begin + t * kLanes + diagonal - key;  // the last key of the block that lane 0 sees
-        const int visible = static_cast<int>(min_of<int64_t>(count, first + queries_of(t)));
+        const int64_t first = query_of(t) + diagonal - key;  // the last key of the block that lane 0 sees
+        const int visible = static_cast<int>(min_of<int64_t>(count, first + rows_of(t) / rows.heads));
         if (visible <= 0) continue;
-        const int vectors = static_cast<int>(ceil_div(queries_of(t), W));
+        const int vectors = static_cast<int>(ceil_div(rows_of(t), W));
         if (!s.tiles[t].started) start(s.tiles[t], vectors, p.dim, k_rows);
-        attend(p, s.tiles[t], s, k_rows, v_rows, Regions(visible, first, vectors), vectors);
+        attend(p, s.tiles[t], s, k_rows, v_rows, Regions(visible, first, vectors, rows.heads), vectors);
       }
     }
   }
 
   void attend_ruled(const HeadRules& rules) {
     const int block = ruled_keys(p.rules);
-    const int64_t last = begin + queries - 1;
-    for (int64_t key = rules.next_seen(begin, last, 0); key < seq.keys; key = rules.next_seen(begin, last, key)) {
+    const int64_t first = rows.begin, last = first + rows.queries - 1;
+    for (int64_t key = rules.next_seen(first, last, 0); key < seq.keys; key = rules.next_seen(first, last, key)) {
       key = key / block * block;
       const int count = static_cast<int>(min_of<int64_t>(block, seq.keys - key));
       const Rows k_rows = k_block(key, count), v_rows = v_block(key, count);
       for (int t = 0; t < tiles(); t++)
-        tilewise::attend_ruled(p, rules, {begin + t * kLanes, key, queries_of(t), count}, s.tiles[t], s, k_rows,
-                               v_rows);
+        tilewise::attend_ruled(p, rules, {query_of(t), key, rows_of(t), count}, s.tiles[t], s, k_rows, v_rows);
       key += block;
     }
   }
@@ -254,10 +291,9 @@ struct ForwardTask {
   void store_tiles(int64_t first_seeing, float sink) const {
     const Strides statistics = statistics_strides(p);
     for (int t = 0; t < tiles(); t++) {
-      const int row = begin + t * kLanes;
-      float* lse = row_of<float>(p.lse, statistics, seq.batch, head, seq.q_row + row);
-      T* out = row_of<T>(p.out, p.out_strides, seq.batch, head, seq.q_row + row);
-      finish(s.tiles[t], queries_of(t), first_seeing - row, sink, out, p.out_strides.row, p.v_dim, lse);
+      const int first = t * kLanes, count = rows_of(t);
+      finish(s.tiles[t], count, (first_seeing - query_of(t)) * rows.heads, sink, p.v_dim,
+             rows.in<T>(p.out, p.out_strides, first, count), rows.in<float>(p.lse, statistics, first, count));
     }
   }
 };
@@ -265,16 +301,14 @@ struct ForwardTask {
 template <class T>
 bool forward_task(const ForwardParams& p, const Runtime& rt, int64_t b, int64_t head, int64_t block) {
   const Sequence seq = sequence_of(p, b);
-  const int begin = static_cast<int>(block) * kTaskQueries;
-  if (begin >= seq.queries) return true;
+  const TaskRows rows(p, seq, head, block);
+  if (rows.empty()) return true;
   float* memory = scratch<float>(rt, kTaskScratch, forward_scratch_floats(p));
   if (!memory) return false;
   const int64_t kv_head = head / (p.q_heads / p.kv_heads);
   ForwardTask<T> task = {p,
                          seq,
-                         head,
-                         begin,
-                         min_of(kTaskQueries, seq.queries - begin),
+                         rows,
                          carve(p, memory),
                          row_of<const T>(p.k, p.k_strides, seq.batch, kv_head, seq.k_row),
                          row_of<const T>(p.v, p.v_strides, seq.batch, kv_head, seq.k_row)};

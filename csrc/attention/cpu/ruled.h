@@ -59,7 +59,7 @@ struct RuledRegions {
       if (size > start && list[size - 1].end == from && list[size - 1].masked == masked)
         list[size - 1].end = to;
       else
-        list[size++] = {from, to, vector, vectors, masked, 0};
+        list[size++] = {from, to, vector, vectors, masked, 0, 1};
     }
   }
 };

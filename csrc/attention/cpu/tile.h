@@ -22,17 +22,15 @@ TILEWISE_INLINE void fill(float* p, int64_t count, float value) {
   for (int64_t i = 0; i < count; i++) p[i] = value;
 }
 
-// tile[d][lane] = rows[lane][d] * scale; lanes from `count` on are zero, up to a whole vector.
-template <class T>
-void pack_tile(float* tile, const T* rows, int64_t stride, int count, int dim, float scale) {
+// tile[d][lane] = row(lane)[d] * scale; lanes from `count` on are zero, up to a whole vector.
+template <class Row>
+void pack_tile(float* tile, const Row& row, int count, int dim, float scale) {
   for (int lane = 0; lane < count; lane += W) {
     for (int d = 0; d < dim; d += W) {
       VF block[W];
 #pragma GCC unroll 16
       for (int i = 0; i < W; i++)
-        block[i] = lane + i >= count ? VF{}
-                   : d + W <= dim    ? load(rows + (lane + i) * stride + d)
-                                     : load(rows + (lane + i) * stride + d, dim - d);
+        block[i] = lane + i >= count ? VF{} : d + W <= dim ? load(row(lane + i) + d) : load(row(lane + i) + d, dim - d);
       transpose(block);
 #pragma GCC unroll 16
       for (int i = 0; i < W; i++)
@@ -41,9 +39,14 @@ void pack_tile(float* tile, const T* rows, int64_t stride, int count, int dim, f
   }
 }
 
-// rows[lane][d] = tile[d][lane] * factors[lane]
 template <class T>
-void unpack_tile(T* rows, int64_t stride, const float* tile, int count, int dim, const float* factors) {
+void pack_tile(float* tile, const T* rows, int64_t stride, int count, int dim, float scale) {
+  pack_tile(tile, [=](int i) { return rows + i * stride; }, count, dim, scale);
+}
+
+// row(lane)[d] = tile[d][lane] * factors[lane]
+template <class Row>
+void unpack_tile(const Row& row, const float* tile, int count, int dim, const float* factors) {
   for (int lane = 0; lane < count; lane += W) {
     const VF factor = load(factors + lane);
     for (int d = 0; d < dim; d += W) {
@@ -54,11 +57,15 @@ void unpack_tile(T* rows, int64_t stride, const float* tile, int count, int dim,
 #pragma GCC unroll 16
       for (int i = 0; i < W; i++) {
         if (lane + i >= count) continue;
-        T* to = rows + (lane + i) * stride + d;
+        auto* to = row(lane + i) + d;
         d + W <= dim ? store(to, block[i]) : store(to, block[i], dim - d);
       }
     }
   }
+}
+template <class T>
+void unpack_tile(T* rows, int64_t stride, const float* tile, int count, int dim, const float* factors) {
+  unpack_tile([=](int i) { return rows + i * stride; }, tile, count, dim, factors);
 }
 
 // to[i][d] = from[i][d] as floats; rows are padded with zeros to whole vectors (`padded` floats each).
@@ -99,28 +106,28 @@ TILEWISE_INLINE Rows as_floats(const T* rows, int64_t stride, int count, int dim
 // `vector` on.
 struct Region {
   int begin, end, vector, vectors;
-  bool masked;  // lane i of the first of these vectors sees key j iff i >= j - diagonal; the others see all
-  int diagonal;
+  bool masked;  // lane i of the first of these vectors sees key j iff i >= j * step - diagonal; the others see all
+  int diagonal, step;
 };
 
-// Splits a block of `count` keys, of which lane i sees key j iff j <= first + i: one region that all lanes see, and per
-// vector the W keys around its diagonal. Causal attention pays for whole vectors only where they see something.
+// Splits a block of `count` keys, of which lane i sees key j iff j <= first + i / step: one region that all lanes see,
+// and per vector the keys around its diagonal. Causal attention pays for whole vectors only where they see something.
 struct Regions {
   Region list[kVectors + 1];
   int size = 0;
 
-  void add(int begin, int end, int vector, int vectors, bool masked, int diagonal) {
-    if (begin < end) list[size++] = {begin, end, vector, vectors, masked, diagonal};
+  void add(int begin, int64_t end, int vector, int vectors, bool masked, int64_t diagonal, int step) {
+    if (begin < end)
+      list[size++] = {begin, static_cast<int>(end), vector, vectors, masked, static_cast<int>(diagonal), step};
   }
-  Regions(int count, int64_t first, int vectors) {
+  Regions(int count, int64_t first, int vectors, int step = 1) {
     const int seen_by_all = static_cast<int>(max_of<int64_t>(0, min_of<int64_t>(first, count)));
-    add(0, seen_by_all, 0, vectors, false, 0);
+    add(0, seen_by_all, 0, vectors, false, 0, 1);
     for (int v = 0; v < vectors && seen_by_all < count; v++) {
-      const int64_t diagonal = first + v * W;
-      const int begin = static_cast<int>(max_of<int64_t>(diagonal, 0));
+      const int begin = static_cast<int>(max_of<int64_t>(first + ceil_div(v * W, step), 0));
       if (begin >= count) break;
-      add(begin, static_cast<int>(min_of<int64_t>(diagonal + W, count)), v, vectors - v, true,
-          static_cast<int>(diagonal));
+      const int64_t end = first + ceil_div((v + 1) * W, step);
+      add(begin, min_of<int64_t>(end, count), v, vectors - v, true, first * step + v * W, step);
     }
   }
   const Region* begin() const { return list; }

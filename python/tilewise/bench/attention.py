@@ -111,6 +111,19 @@ def _tiny(device):
     )
 
 
+def _few_queries(device, dtype, queries, heads=32, kv_heads=8, keys=4096, dim=128):
+    """Some tokens behind contiguous keys and values."""
+    q = torch.randn(1, heads, queries, dim, device=device).to(dtype)
+    k, v = torch.randn(2, 1, kv_heads, keys, dim, device=device).to(dtype)
+    return Case(
+        f"{str(dtype)[6:]} {queries} queries {heads}/{kv_heads} heads d{dim} {keys} keys",
+        lambda: tw.attention(q, k, v),
+        lambda: F.scaled_dot_product_attention(q, k, v, enable_gqa=True),
+        flops=4 * heads * queries * dim * keys,
+        bytes=2 * k.nbytes,
+    )
+
+
 def _decode(device, dtype, heads, kv_heads, keys=8192, dim=128, page=16, target=None):
     """One token behind a cache in pages, beside torch, whose keys and values lie ready in its own layout."""
     pages = -(-keys // page)
@@ -165,4 +178,5 @@ def cases(device: torch.device) -> list[Case]:
             _decode_codes(device, "int4", 8, 8, target=2.2),
             *(_decode_codes(device, format, 32, 8) for format in ("int8", "int2", "bfp12")),
         ]
-    return [*pairs, *options, _varlen(device), *decode, _tiny(device)]
+    few = [_few_queries(device, dtype, n) for dtype in (torch.float32, torch.bfloat16) for n in (1, 8)]
+    return [*pairs, *options, _varlen(device), *few, *decode, _tiny(device)]
