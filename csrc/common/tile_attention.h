@@ -214,7 +214,7 @@ class TileAttention {
   void weigh(AttentionRows& tile, const float* scores, const Plan& plan, int t, const Visible& visible) {
     const int end = padded(plan.keys(t));
     for (int i = 0; i < plan.rows(t); i++, scores += keys_) {
-      if (!tile.started) set_reference(tile, i, scores, end, visible);
+      if (!tile.started) set_reference(tile, i, scores, visible);
       if (!weigh_row(tile, i, scores, end, visible, kReferenceSlack)) {
         raise_reference(tile, i, scores, end, visible);
         weigh_row(tile, i, scores, end, visible, kInfinity);
@@ -251,13 +251,9 @@ class TileAttention {
   }
 
   // The score of the first key is a good reference for most rows, if the row sees it.
-  TILEWISE_INLINE void set_reference(AttentionRows& tile, int i, const float* scores, int, const SeesAll&) const {
-    tile.reference[i] = max_of(scores[0] * scale_[0], kLowestReference);
-  }
   template <class Visible>
-  void set_reference(AttentionRows& tile, int i, const float* scores, int end, const Visible& visible) const {
-    tile.reference[i] = kLowestReference;
-    raise_reference(tile, i, scores, end, visible);
+  TILEWISE_INLINE void set_reference(AttentionRows& tile, int i, const float* scores, const Visible& visible) const {
+    tile.reference[i] = max_of(seen_score(visible, load(scores) * scale_, VF{}, i, 0)[0], kLowestReference);
   }
 
   // Raises the reference of row i to its largest score of the block, and rescales what was summed before.

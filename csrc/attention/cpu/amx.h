@@ -57,6 +57,11 @@ struct RuledPlan {
     const bool masked = sights[t] != Sight::all || rules.adds() || count % kTileDepth != 0;
     if (!masked && !rules.changes_scores() && !rules.drops()) return f(SeesAll());
     const int64_t first = row + t * kTileQueries;
+    const bool whole = count % kTileDepth == 0;
+    if (whole && sights[t] == Sight::all && rules.plainly_biased() && !rules.drops())
+      return rules.with_bias(first, key,
+                             [&](const auto* from) { f(Biased{from, rules.bias_stride(), rules.ahead(first)}); });
+    if (whole && rules.only_masks()) return f(Masked{rules.mask_row(first) + key / 32, rules.mask_stride()});
     if (rules.drops())
       for (int j = 0; j < count; j += 32) kept_bits(rules, first, key + j, kept + j / 32 * kKeptRows);
     f(Ruled{rules, first, key, masked, kept});
@@ -160,7 +165,7 @@ bool forward_tiles_task(const ForwardParams& p, const Runtime& rt, int64_t b, in
   task.load_tiles(memory);
   const TileScope scope;
   HeadRules rules(p, seq, head);
-  rules.foresee(task.attention.keys());
+  rules.foresee(rows.begin, rows.begin + rows.queries - 1, kTileQueries, task.attention.keys());
   causal_or_dense(p.rules) ? task.attend_all() : task.attend_ruled(rules);
   if (!task.finite()) return forward_task<T>(p, rt, b, head, block);
   task.store_tiles(rules.sink());

@@ -39,6 +39,29 @@ struct Ruled {
   }
 };
 
+// Of the rules, on keys that are all seen, a bias alone.
+template <class T>
+struct Biased {
+  const T* from;  // of the tile and block; rows are `stride` apart
+  int64_t stride, ahead;
+};
+template <class T>
+Biased(const T*, int64_t, int64_t) -> Biased<T>;
+template <class T>
+TILEWISE_INLINE VF seen_score(const Biased<T>& to, VF score, VF reference, int i, int j) {
+  return score + HeadRules::bias_ahead(to.from + i * to.stride + j, to.ahead) - reference;
+}
+
+// Of the rules a mask alone, of whole words.
+struct Masked {
+  const uint32_t* from;  // of the tile and block; rows are `stride` apart
+  int64_t stride;
+};
+TILEWISE_INLINE VF seen_score(const Masked& to, VF score, VF reference, int i, int j) {
+  const auto bits = __mmask16(to.from[i * to.stride + j / 32] >> j % 32);
+  return (VF)_mm512_mask_sub_ps((__m512)set1(-kInfinity), bits, (__m512)score, (__m512)reference);
+}
+
 TILEWISE_INLINE VF seen_score(const Ruled& to, VF score, VF reference, int i, int j) {
   if (to.rules.caps()) score = to.rules.cap(score);
   return to.adjusted(score, i, j) - reference;

@@ -318,7 +318,7 @@ bool forward_task(const ForwardParams& p, const Runtime& rt, int64_t b, int64_t 
     task.store_tiles(-diagonal_of(p, seq), -kInfinity);
   } else {
     HeadRules rules(p, seq, head);
-    rules.foresee(ruled_keys(p.rules));
+    rules.foresee(rows.begin, rows.begin + rows.queries - 1, kLanes, ruled_keys(p.rules));
     task.attend_ruled(rules);
     task.store_tiles(0, rules.sink());
   }

@@ -101,8 +101,7 @@ TILEWISE_INLINE void for_squares(const Region& r, const F& body) {
 
 // What the rules add, by key of a square: extra[key % W] of lanes [lane, lane + W).
 TILEWISE_INLINE void turn_extra(const HeadRules& rules, const Place& at, int lane, int key, VF (&extra)[W]) {
-#pragma GCC unroll 1
-  for (int i = 0; i < W; i++) extra[i] = rules.extra(at.row + lane + i, at.key + key / W * W);
+  rules.extras(at.row + lane, at.key + key / W * W, extra);
   transpose(extra);
 }
 

@@ -122,6 +122,46 @@ class HeadRules {
     return select(extra == set1(-kInfinity), extra, score + extra);
   }
 
+  // extra(row + i, key) for i < W.
+  TILEWISE_INLINE void extras(int64_t row, int64_t key, VF (&extras)[W]) const {
+    if (plainly_biased() && !hides_ && row + W <= queries_ && key + W <= keys_)
+      return with_bias(row, key, [&](const auto* from) {
+        const int64_t bytes = ahead(row);
+        for (int i = 0; i < W; i++, from += r_.bias_row) extras[i] = bias_ahead(from, bytes);
+      });
+#pragma GCC unroll 1
+    for (int i = 0; i < W; i++) extras[i] = extra(row + i, key);
+  }
+
+  // Whether seen scores change by a bias alone, whose keys lie side by side. with_bias(row, key, f) then calls f with
+  // where it stands, typed; rows are bias_stride() apart.
+  bool plainly_biased() const { return bias_ && r_.bias_key == 1 && !r_.alibi_slopes && !caps(); }
+  template <class F>
+  TILEWISE_INLINE void with_bias(int64_t row, int64_t key, const F& f) const {
+    const char* from = bias_ + (row * r_.bias_row + key) * size_of(r_.bias_type);
+    switch (r_.bias_type) {
+      case Type::f32: return f(reinterpret_cast<const float*>(from));
+      case Type::f16: return f(reinterpret_cast<const Fp16*>(from));
+      default: return f(reinterpret_cast<const Bf16*>(from));
+    }
+  }
+  int64_t bias_stride() const { return r_.bias_row; }
+  int64_t ahead(int64_t row) const { return row < last_tile_ ? next_tile_ : next_block_; }  // bytes
+  // W keys of a row of such a bias; asks for those `ahead` bytes behind.
+  template <class T>
+  TILEWISE_INLINE static VF bias_ahead(const T* from, int64_t ahead) {
+    __builtin_prefetch(reinterpret_cast<const char*>(from) + ahead, 0, 2);
+    return in_base_2(load(from));
+  }
+
+  // Whether a mask is all there is.
+  bool only_masks() const {
+    const bool windows = r_.window_left != kUnlimited || r_.window_right != kUnlimited;
+    return mask_ && !windows && !blocks_ && !changes_scores() && !drops();
+  }
+  const uint32_t* mask_row(int64_t row) const { return mask_ + row * r_.mask_row; }
+  int64_t mask_stride() const { return r_.mask_row; }
+
   // softcap * tanh(score / softcap); its derivative is 1 - tanh^2.
   TILEWISE_INLINE VF cap(VF score, VF& derivative) const {
     const VF t = tanh(score / cap_);
@@ -138,10 +178,14 @@ class HeadRules {
   TILEWISE_INLINE VI keeps(const VU (&words)[4], int i) const {
     return (VI)(words[i / 2] >> (i % 2 * 16) & 0xffff) >= set1i(r_.dropout_threshold);
   }
-  // Rows of a bias are far apart and read a block of keys at a time, which no hardware foresees: the next block of
-  // `keys` is asked for while this one is used.
-  void foresee(int64_t keys) {
-    if (r_.bias) ahead_ = keys * r_.bias_key * size_of(r_.bias_type);
+  // Rows of a bias are far apart and read a block of keys at a time, which no hardware foresees: while a tile of `rows`
+  // of [first, last] is used, what the next one needs is asked for, for the last one that of the first and the next
+  // block. (No earlier: rows a power of two apart share sets of the caches, which hold no block of a whole task.)
+  void foresee(int64_t first, int64_t last, int rows, int64_t keys) {
+    if (!r_.bias) return;
+    last_tile_ = first + (last - first) / rows * rows;
+    next_tile_ = rows * r_.bias_row * size_of(r_.bias_type);
+    next_block_ = (keys * r_.bias_key - (last_tile_ - first) * r_.bias_row) * size_of(r_.bias_type);
   }
 
   float keep_scale() const { return keep_scale_; }
@@ -153,7 +197,7 @@ class HeadRules {
   bool hides_;
   float slope_ = 0, sink_ = -kInfinity, cap_ = 0, keep_scale_ = 0;
   const char* bias_ = nullptr;
-  int64_t ahead_ = 0;  // bytes
+  int64_t last_tile_ = 0, next_tile_ = 0, next_block_ = 0;  // a row; bytes from a place in one tile to that in the next
   const uint32_t* mask_ = nullptr;
   const uint8_t* blocks_ = nullptr;
   Philox random_;
@@ -162,17 +206,21 @@ class HeadRules {
   static int size_of(Type type) { return type == Type::f32 ? 4 : 2; }
 
   // A bias below all finite scores hides a key by its size alone, unless all are as low: it stays finite.
+  TILEWISE_INLINE static VF in_base_2(VF bias) {
+    return select(bias == set1(-kInfinity), bias, max(set1(kLowest), bias * kFloatLog2e));
+  }
+
   TILEWISE_INLINE VF bias(int64_t row, int64_t key) const {
     const char* from = bias_ + (row * r_.bias_row + key * r_.bias_key) * size_of(r_.bias_type);
     const int64_t count = keys_ - key;
-    __builtin_prefetch(from + ahead_, 0, 2);
+    __builtin_prefetch(from + ahead(row), 0, 2);
     VF value;
     switch (r_.bias_type) {
       case Type::f32: value = spread(reinterpret_cast<const float*>(from), count); break;
       case Type::f16: value = spread(reinterpret_cast<const Fp16*>(from), count); break;
       default: value = spread(reinterpret_cast<const Bf16*>(from), count);
     }
-    return select(value == set1(-kInfinity), value, max(set1(kLowest), value * kFloatLog2e));
+    return in_base_2(value);
   }
   template <class T>
   TILEWISE_INLINE VF spread(const T* from, int64_t count) const {
