@@ -6,10 +6,11 @@
 namespace tilewise {
 namespace {
 
+constexpr int kScoreChain = 16;
 constexpr int kScoreKeys = 128;  // keys of a task, at most: whole blocks of any size that is served
 
 struct ScoreScratch {
-  float* q;               // [d][lane], scaled to base 2
+  float* q;               // [d][lane]
   float *lse, *lse_rest;  // [lane] in base 2, and what its rounding lost; infinite: a lane that weighs nothing
   int32_t* last_key;      // [lane]
   float* k;               // [key][d], widened
@@ -21,14 +22,22 @@ constexpr int kKeptVectors = max_of(kScoreKeys, kVectors* kScoreKeys / 16);
 template <class Keep>
 void weigh_tile(const ScoresParams& p, const ScoreScratch& s, const Rows& k, int64_t first, int count,
                 const Keep& keep) {
+  const VF scale = set1(static_cast<float>(p.scale * kLog2e));
   for_rows(count, [&](auto block, int key) {
     constexpr int M = decltype(block)::value;
     VF acc[M][kVectors] = {};
-    multiply<Operand::by_row>(acc, p.dim, k.data + key * k.stride, k.stride, s.q, kLanes);
+    for (int d = 0; d < p.dim; d += kScoreChain) {  // shorter chains of roundings
+      VF part[M][kVectors] = {};
+      multiply<Operand::by_row>(part, min_of(kScoreChain, p.dim - d), k.data + key * k.stride + d, k.stride,
+                                s.q + d * kLanes, kLanes);
+      for (int m = 0; m < M; m++)
+        for (int v = 0; v < kVectors; v++) acc[m][v] += part[m][v];
+    }
     for (int m = 0; m < M; m++)
       for (int v = 0; v < kVectors; v++) {
         const VI seen = load(s.last_key + v * W) >= set1i(static_cast<int32_t>(first + key + m));
-        keep(key + m, v, select(seen, exp2(acc[m][v] - load(s.lse + v * W) - load(s.lse_rest + v * W)), VF{}));
+        keep(key + m, v,
+             select(seen, exp2((acc[m][v] * scale - load(s.lse + v * W)) - load(s.lse_rest + v * W)), VF{}));
       }
   });
 }
@@ -111,8 +120,7 @@ bool scores_task(const ScoresParams& p, const Runtime& rt, int64_t head, int64_t
       seen |= s.last_key[i] >= first;
     }
     if (!seen) continue;
-    pack_tile(s.q, row_of<const T>(p.q, p.q_strides, b, q_head, row), p.q_strides.row, lanes, p.dim,
-              static_cast<float>(p.scale * kLog2e));
+    pack_tile(s.q, row_of<const T>(p.q, p.q_strides, b, q_head, row), p.q_strides.row, lanes, p.dim, 1);
     for (int lane = static_cast<int>(round_up(lanes, W)); lane < kLanes; lane += W)
       for (int d = 0; d < p.dim; d++) store(s.q + d * kLanes + lane, VF{});
     weigh_tile(p, s, k, first, count, [&](int key, int v, VF weights) { reducer.keep(key, v, weights); });
