@@ -235,4 +235,4 @@ def test_opcheck():
     torch.library.opcheck(torch.ops.tilewise.attention.default, (*differentiable, *options))
     out, lse = torch.ops.tilewise.attention(q, k, v, *options)
     backward = torch.ops.tilewise.attention_backward.default
-    torch.library.opcheck(backward, (out, q, k, v, out, lse, True, *options))
+    torch.library.opcheck(backward, (out, lse, q, k, v, out, lse, True, *options))

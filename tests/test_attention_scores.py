@@ -10,7 +10,7 @@ from attention_cases import DTYPES, Shape, inputs
 from harness.emulation import assert_schedules_agree
 from harness.judge import assert_accurate, draws, yardsticks
 
-SHAPES = [Shape(2, 4, 2, 70, 130, 64, 64), Shape(1, 2, 1, 33, 300, 40, 8), Shape(1, 1, 1, 1, 1, 64, 64)]
+SHAPES = [Shape(2, 4, 2, 70, 130, 64, 64), Shape(1, 2, 1, 33, 300, 40, 8), Shape(1, 1, 1, 1, 3, 64, 64)]
 
 
 def weights_of(q, k, causal=False):
@@ -41,6 +41,14 @@ def test_column_sums(device, shape, dtype, causal):
     got = tw.attention_column_sums(q, k, lse, causal=causal, normalize=False)
     assert got.dtype == torch.float32
     judge(got, lambda q, k: weights_of(q, k, causal).sum(2), q, k)
+
+
+def test_one_key(device):
+    """Its weight is 1, as far as a float32 lse tells: exact cancellation is no yardstick."""
+    q, k, lse = prepared(Shape(1, 2, 1, 1, 1, 64, 64), torch.float32, device, False)
+    bound = 2.0**-22 * (1 + lse.abs()[..., None])
+    for got in (tw.attention_column_sums(q, k, lse), tw.attention_block_max(q, k, lse, 16)[..., 0]):
+        assert ((got - 1).abs() <= bound[..., 0]).all()
 
 
 def pooled_by(block_q, block_k, causal):

@@ -13,6 +13,8 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from harness.emulation import schedule
 from tilewise import _C
 
@@ -123,18 +125,18 @@ def failure_of(family: str, mutation: Mutation, check) -> str | None:
     """Runs ``check()`` on the mutated kernels; what it raised, or None if nothing was noticed."""
     with tempfile.TemporaryDirectory(prefix="tilewise-mutation-") as directory:
         library = build_mutant(family, mutation, mutation.mode, Path(directory))
-        _C.emulate(str(library))
-        try:
-            if mutation.mode != "schedules":
-                return _outcome(check)
-            for seed in range(20):
-                with schedule(seed):
-                    if outcome := _outcome(check):
-                        return outcome
-            return None
-        finally:
-            _C.emulate(None)
-            _C.forget_buffers()
+        return _in_child(lambda: _failure(library, mutation, check))
+
+
+def _failure(library: Path, mutation: Mutation, check) -> str | None:
+    _C.emulate(str(library))
+    if mutation.mode != "schedules":
+        return _outcome(check)
+    for seed in range(20):
+        with schedule(seed):
+            if outcome := _outcome(check):
+                return outcome
+    return None
 
 
 def _outcome(check) -> str | None:
@@ -143,3 +145,23 @@ def _outcome(check) -> str | None:
     except (AssertionError, RuntimeError, ValueError) as error:
         return str(error) or type(error).__name__
     return None
+
+
+def _in_child(run) -> str | None:
+    """``run()`` in a process of its own: a bug that writes where it should not must not reach later tests."""
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        torch.set_num_threads(1)  # the parent's thread team does not exist here
+        try:
+            outcome = run()
+            text = "" if outcome is None else outcome
+        except BaseException as error:
+            text = f"{type(error).__name__}: {error}"
+        os.write(write, text.encode()[:4000])
+        os._exit(0)
+    os.close(write)
+    with os.fdopen(read, "rb") as answer:
+        text = answer.read().decode(errors="replace")
+    _, status = os.waitpid(child, 0)
+    return text or (f"killed by signal {os.WTERMSIG(status)}" if os.WIFSIGNALED(status) else None)

@@ -19,7 +19,7 @@ FACTS = {
     "::BiasGradient<.*TensorEngine": {**_TENSOR_CORES, r"STG.*\.128": 0, "HMMA": ">=16"},
     "::BiasGradient<.*AnyEngine": {**_NO_SPILLS, "FFMA": ">=64"},
     "::ForwardSm90<": {**_NO_SPILLS, "registers": 168, "HGMMA": ">=12", "UTMALDG": ">0", "USETMAXREG": 2},
-    "PagedAttention<.* 64,": {**_TENSOR_CORES, "HMMA": ">=64", "registers": "<=180"},
+    "PagedAttention<.* 64,": {**_TENSOR_CORES, "HMMA": ">=64", "registers": "<=192"},
     "PagedAttention<.* 128,": {**_TENSOR_CORES, "HMMA": ">=128"},
     "PagedAttentionRows<": {**_NO_SPILLS, "registers": "<=128"},
     "::MergeSplits<": _NO_SPILLS,

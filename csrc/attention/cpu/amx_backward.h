@@ -415,7 +415,7 @@ const char* backward_tiles(const BackwardParams& b, const Runtime& rt) {
   const Split split = split_keys(b.forward, kBlockKeys);
   const bool chunks = split.keys > TileGradients<T>::chunk_keys(b.forward);
   const char* failure = run_backward<T>(b, rt, split, chunks, [&](const KeyRun& run) {
-    if (run.seq.queries < kMinTileQueries) return backward_task<T>(b, rt, run);
+    if (run.seq.queries < kMinTileQueries || too_alike<T>(b.forward)) return backward_task<T>(b, rt, run);
     TileGradients<T> gradients(b, run);
     char* memory = scratch<char>(rt, kTaskScratch, gradients.bytes());
     if (!memory) return false;

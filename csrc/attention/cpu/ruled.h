@@ -72,7 +72,7 @@ void product_region(const Region& region, int depth, const Rows& rows, const flo
     constexpr int M = decltype(block)::value;
     const int key = region.begin + i;
     VF acc[M][N] = {};
-    multiply<Operand::by_row>(acc, depth, rows.data + key * rows.stride, rows.stride, tile + lane, kLanes);
+    multiply_in_chains(acc, depth, rows.data + key * rows.stride, rows.stride, tile + lane);
 #pragma GCC unroll 8
     for (int m = 0; m < M; m++)
 #pragma GCC unroll 8

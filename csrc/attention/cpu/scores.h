@@ -6,7 +6,6 @@
 namespace tilewise {
 namespace {
 
-constexpr int kScoreChain = 16;
 constexpr int kScoreKeys = 128;  // keys of a task, at most: whole blocks of any size that is served
 
 struct ScoreScratch {
@@ -26,13 +25,7 @@ void weigh_tile(const ScoresParams& p, const ScoreScratch& s, const Rows& k, int
   for_rows(count, [&](auto block, int key) {
     constexpr int M = decltype(block)::value;
     VF acc[M][kVectors] = {};
-    for (int d = 0; d < p.dim; d += kScoreChain) {  // shorter chains of roundings
-      VF part[M][kVectors] = {};
-      multiply<Operand::by_row>(part, min_of(kScoreChain, p.dim - d), k.data + key * k.stride + d, k.stride,
-                                s.q + d * kLanes, kLanes);
-      for (int m = 0; m < M; m++)
-        for (int v = 0; v < kVectors; v++) acc[m][v] += part[m][v];
-    }
+    multiply_in_chains(acc, p.dim, k.data + key * k.stride, k.stride, s.q);
     for (int m = 0; m < M; m++)
       for (int v = 0; v < kVectors; v++) {
         const VI seen = load(s.last_key + v * W) >= set1i(static_cast<int32_t>(first + key + m));

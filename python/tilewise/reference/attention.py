@@ -69,15 +69,21 @@ def attention(
     if sink_logits is not None:
         sink = sink_logits[:, None, None].expand(*scores.shape[:-1], 1).to(scores)
         scores = torch.cat([scores, sink], -1)
+    factors = None
+    if dropout_p:
+        batch, heads = q.shape[:2]
+        kept = philox.keep(dropout_seed, dropout_p, first_sequence + batch, heads, queries, keys)[first_sequence:]
+        factors = kept.to(v) / (1 - round(65536 * dropout_p) / 65536)
+    return attend(scores, v, factors)
+
+
+def attend(scores, v, factors=None):
+    """(out, lse) of scores that may have a column more than v has rows, times ``factors`` on the weights, if any."""
     blind = (scores == -math.inf).all(-1)  # rows with nothing to attend to: 0, not 0 / 0
     scores = scores.masked_fill(blind[..., None], 0)
     lse = scores.logsumexp(-1).masked_fill(blind, -math.inf) if scores.shape[-1] else scores.sum(-1) - math.inf
-    weights = scores.softmax(-1).masked_fill(blind[..., None], 0)[..., :keys]
-    if dropout_p:
-        batch, *shape = weights.shape
-        kept = philox.keep(dropout_seed, dropout_p, first_sequence + batch, *shape)[first_sequence:].to(weights)
-        weights = weights * kept / (1 - round(65536 * dropout_p) / 65536)
-    return weights @ v, lse
+    weights = scores.softmax(-1).masked_fill(blind[..., None], 0)[..., : v.shape[-2]]
+    return (weights if factors is None else weights * factors) @ v, lse
 
 
 def _of_sequence(name, option, b, queries, keys):
