@@ -149,10 +149,9 @@ def test_packed_equals_dense(device, dtype):
         torch.testing.assert_close(a, pack(b) if i < 3 else b)
 
 
+@pytest.mark.devices("cpu")
 def test_long_rows(device):
     """Several blocks of keys, windows that skip some of them, on CPU several tasks."""
-    if device.kind != "cpu":
-        return
     for name in ("lambda", "blocks-64", "bias-of-heads", "everything"):
         check(Shape(1, 2, 2, 700, 700, 64, 64), name, torch.float32, device)
 

@@ -31,3 +31,8 @@ def check_tensors(operation: str, **tensors) -> None:
     for name, value in tensors.items():
         if value is not None and not isinstance(value, torch.Tensor):
             raise TypeError(f"{operation}: {name} is a {type(value).__name__}, expected a torch.Tensor")
+
+
+def rows_contiguous(t):
+    """Gradients arrive with any strides (those of sum() have stride 0): the core reads contiguous rows."""
+    return t if t.stride(-1) == 1 or t.shape[-1] <= 1 else t.contiguous()

@@ -7,18 +7,13 @@ one of length L that ends in zeros, without storing them.
 import torch
 
 from tilewise import _C
-from tilewise._library import check_tensors, register, register_autograd
+from tilewise._library import check_tensors, register, register_autograd, rows_contiguous
 
 _HALF = (torch.float16, torch.bfloat16)
 
 
 def _workspace(bytes_, like):
     return torch.empty(bytes_, dtype=torch.uint8, device=like.device) if bytes_ else None
-
-
-def _unit_stride(t):
-    """The tensor itself if its last dimension is contiguous, which gradients from autograd need not be."""
-    return t if t.shape[-1] < 2 or t.stride(-1) == 1 else t.contiguous()
 
 
 def _like(t):
@@ -62,7 +57,7 @@ def _fft_conv_backward(dy, u, k, pregate, postgate, skip, causal, wanted):
     if u.numel() == 0:
         return [g.zero_() for g in found]  # sums over nothing
     workspace = _workspace(_C.fft_conv_backward_workspace(*inputs, *gradients), u)
-    _C.fft_conv_backward(*inputs, workspace, _unit_stride(dy), *gradients)
+    _C.fft_conv_backward(*inputs, workspace, rows_contiguous(dy), *gradients)
     return found
 
 

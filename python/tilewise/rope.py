@@ -3,7 +3,7 @@
 import torch
 
 from tilewise import _C
-from tilewise._library import check_tensors, register, register_autograd
+from tilewise._library import check_tensors, register, register_autograd, rows_contiguous
 
 
 def _rotate(x, cos, sin, interleaved, inverse):
@@ -25,7 +25,7 @@ def _save(ctx, inputs, output):
 
 
 def _differentiate(ctx, dout):
-    dout = dout if dout.stride(-1) == 1 or dout.shape[-1] <= 1 else dout.contiguous()
+    dout = rows_contiguous(dout)
     return _rope_op(dout, *ctx.saved_tensors, ctx.interleaved, not ctx.inverse), None, None, None, None
 
 

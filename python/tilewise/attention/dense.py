@@ -3,9 +3,9 @@
 import torch
 
 from tilewise import _C
-from tilewise._library import check_tensors, register, register_autograd
+from tilewise._library import check_tensors, register, register_autograd, rows_contiguous
 from tilewise.attention import options as attention_options
-from tilewise.attention.options import SCHEMA, empty_gradients, empty_outputs, of_options, rows_contiguous
+from tilewise.attention.options import SCHEMA, empty_gradients, empty_outputs, of_options
 
 
 def _forward(q, k, v, *options):
@@ -105,7 +105,7 @@ def attention(
         ValueError: shapes that do not fit together, a last dimension that is not contiguous, a negative window or
             softcap, a dropout_p outside [0, 1).
         TypeError: another dtype, or dtypes that differ.
-        NotImplementedError: head dims over 256; on CUDA, others than D = Dv = 64 or 128.
+        NotImplementedError: head dims over 256.
     """
     check_tensors("attention", q=q, k=k, v=v)
     options = attention_options.pack(

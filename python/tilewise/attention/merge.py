@@ -3,7 +3,7 @@
 import torch
 
 from tilewise import _C
-from tilewise._library import check_tensors, register, register_autograd
+from tilewise._library import check_tensors, register, register_autograd, rows_contiguous
 from tilewise.attention.dense import attention
 
 _MOST = 16  # parts that the core joins at a time
@@ -25,7 +25,7 @@ def _empty_parts(dout, dlse, outs, lses, out, lse):
 
 def _merge_backward(dout, dlse, outs, lses, out, lse):
     grads = _empty_parts(dout, dlse, outs, lses, out, lse)
-    dout = dout if dout.stride(-1) == 1 or dout.shape[-1] <= 1 else dout.contiguous()
+    dout = rows_contiguous(dout)
     _C.merge_attention_backward(dout, dlse.contiguous(), outs, lses, out, lse, grads[: len(outs)], grads[len(outs) :])
     return grads
 

@@ -64,17 +64,14 @@ def _with_four_dims(t):
     return t[(None,) * (4 - t.ndim)] if t.ndim < 4 else t
 
 
-def empty_out(q, v):
-    """Memory for out (..., S, Dv), in q's order of dimensions where it has q's shape."""
-    return torch.empty_like(q) if q.shape[-1] == v.shape[-1] else q.new_empty((*q.shape[:-1], v.shape[-1]))
-
-
 def empty_outputs(q, v):
     """Memory for out, and for lse: (B, Hq, S), or (Hq, T) of packed tensors."""
     if q.ndim not in (3, 4) or v.ndim != q.ndim:  # nonsense, which the core then reports
         return torch.empty_like(q), q.new_empty((0,), dtype=torch.float32)
     shape = q.shape[:3] if q.ndim == 4 else (q.shape[1], q.shape[0])
-    return empty_out(q, v), q.new_empty(shape, dtype=torch.float32)
+    # out is in q's order of dimensions where it has q's shape
+    out = torch.empty_like(q) if q.shape[-1] == v.shape[-1] else q.new_empty((*q.shape[:-1], v.shape[-1]))
+    return out, q.new_empty(shape, dtype=torch.float32)
 
 
 def empty_gradients(q, k, v, options, bias_gradient):
@@ -90,11 +87,6 @@ def empty_gradients(q, k, v, options, bias_gradient):
 def of_options(grads, options, bias_gradient):
     """dbias and dsink_logits out of empty_gradients' list, None where it has none."""
     return grads[3] if bias_gradient else None, None if options[SINK] is None else grads[-1]
-
-
-def rows_contiguous(t):
-    """Gradients arrive with any strides (those of sum() have stride 0): the core reads contiguous rows."""
-    return t if t.stride(-1) == 1 or t.shape[-1] <= 1 else t.contiguous()
 
 
 def differentiation(backward_op, tensors):

@@ -3,9 +3,9 @@
 import torch
 
 from tilewise import _C
-from tilewise._library import check_tensors, register, register_autograd
+from tilewise._library import check_tensors, register, register_autograd, rows_contiguous
 from tilewise.attention import options as attention_options
-from tilewise.attention.options import SCHEMA, empty_gradients, empty_outputs, of_options, rows_contiguous
+from tilewise.attention.options import SCHEMA, empty_gradients, empty_outputs, of_options
 
 
 def _blank_outputs(q, v):

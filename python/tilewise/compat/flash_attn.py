@@ -20,7 +20,7 @@ float32, natural logarithm; S_dmask is None, as no matrix of probabilities exist
 import torch
 
 from tilewise import rope
-from tilewise._library import check_tensors
+from tilewise._library import check_tensors, rows_contiguous
 from tilewise.attention import attention, attention_varlen, paged_attention
 from tilewise.speculative import append_kv
 
@@ -132,7 +132,7 @@ def flash_attn_varlen_func(
             "flash_attn_varlen_func: block_table is given, expected None (flash_attn_with_kvcache reads pages)"
         )
     out, lse = attention_varlen(
-        *map(_rows_contiguous, (q, k, v)),
+        *map(rows_contiguous, (q, k, v)),
         cu_seqlens_q,
         cu_seqlens_k,
         max_seqlen_q=max_seqlen_q,
@@ -260,7 +260,7 @@ def flash_attn_with_kvcache(
         tables = rotary_cos, rotary_sin, rotary_interleaved
         q, k = _turned(q, past, *tables, one_place=one_place), _turned(k, past, *tables)
     if k is not None:
-        append_kv(k_cache, v_cache, table, past, _rows_contiguous(k), _rows_contiguous(v))
+        append_kv(k_cache, v_cache, table, past, rows_contiguous(k), rows_contiguous(v))
         past = past + k.shape[1]
     options = {"causal": causal, "scale": softmax_scale, "window": _window(window_size, causal), "softcap": softcap}
     if cache_leftpad is None and alibi_slopes is None:
@@ -269,7 +269,7 @@ def flash_attn_with_kvcache(
         out = out.transpose(1, 2)
     else:
         rows = [_rows_of(cache, table, cache_batch_idx) for cache in (k_cache, v_cache)]
-        out, lse = _attend_rows(_rows_contiguous(q), *rows, begin, past, alibi_slopes=alibi_slopes, **options)
+        out, lse = _attend_rows(rows_contiguous(q), *rows, begin, past, alibi_slopes=alibi_slopes, **options)
     return (out, lse) if return_softmax_lse else out
 
 
@@ -326,12 +326,8 @@ def _result(out, lse, return_attn_probs):
     return (out, lse, None) if return_attn_probs else out
 
 
-def _rows_contiguous(t):
-    return t if t.stride(-1) == 1 or t.shape[-1] <= 1 else t.contiguous()
-
-
 def _heads_first(t):
-    return _rows_contiguous(t).transpose(1, 2)
+    return rows_contiguous(t).transpose(1, 2)
 
 
 def _unbind(operation, *, dims, parts, **packed):
