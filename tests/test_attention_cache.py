@@ -210,7 +210,9 @@ def test_constant_rows_and_extremes(device, format):
     cache.append(k[None, None], k[None, None], table, ints([0]))
     got = dequantized(cache, table, 4)[0][0, 0]
     assert not got[0].any() and (got[1] - 3).abs().max() < 0.03
-    assert ((got - k).norm(dim=-1) <= 0.5 * k.double().norm(dim=-1)).all()
+    # Half a step between the row's extremes, and the roundings of scale and zero; bfp12 cuts 8 units off at 7.
+    step = 1 / 4 if format == "bfp12" else 1.04 / (2 ** kv_cache.BITS[format] - 1) + 2**-8
+    assert ((got - k).abs() <= step * k.double().abs().amax(-1, keepdim=True)).all()
 
 
 def test_empty(device):

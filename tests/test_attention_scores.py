@@ -13,14 +13,19 @@ from harness.judge import assert_accurate, draws, yardsticks
 SHAPES = [Shape(2, 4, 2, 70, 130, 64, 64), Shape(1, 2, 1, 33, 300, 40, 8), Shape(1, 1, 1, 1, 3, 64, 64)]
 
 
-def weights_of(q, k, causal=False):
+def weights_of(q, k, causal=False, again=False):
+    """``again``: the scores of the weights are summed in another order than those of the lse, as where an lse is given;
+    then their errors do not cancel."""
     k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
     scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
     queries, keys = scores.shape[-2:]
     if causal:
         hidden = torch.ones(queries, keys, dtype=torch.bool, device=q.device).triu(keys - queries + 1)
         scores = scores.masked_fill(hidden, -math.inf)
-    return (scores - scores.logsumexp(-1, keepdim=True)).exp().nan_to_num(0)
+    lse = scores.logsumexp(-1, keepdim=True)
+    if again:
+        scores = (q.flip(-1) @ k.flip(-1).transpose(-1, -2) / math.sqrt(q.shape[-1])).where(scores > -math.inf, scores)
+    return (scores - lse).exp().nan_to_num(0)
 
 
 def prepared(shape, dtype, device, causal, layout="bhsd"):
@@ -28,9 +33,14 @@ def prepared(shape, dtype, device, causal, layout="bhsd"):
     return q, k, tw.attention(q, k, v, causal=causal, return_lse=True)[1]
 
 
-def judge(run, plain, q, k):
-    ruler = yardsticks([lambda q, k: (plain(q, k),)], [q, k], draws(q.shape[1] * k.shape[2]))[0]
-    assert_accurate("result", run, ruler, 2)
+def judge(run, of, q, k, causal):
+    """``of`` makes the result of the weights."""
+    plains = [lambda q, k, again=again: (of(weights_of(q, k, causal, again)),) for again in (False, True)]
+    assert_accurate("result", run, *yardsticks(plains, [q, k], draws(q.shape[1] * k.shape[2])), 2)
+
+
+def column_sums(weights):
+    return weights.sum(2)
 
 
 @pytest.mark.parametrize("causal", [False, True], ids=["dense", "causal"])
@@ -40,7 +50,7 @@ def test_column_sums(device, shape, dtype, causal):
     q, k, lse = prepared(shape.on(device), dtype, device, causal)
     got = tw.attention_column_sums(q, k, lse, causal=causal, normalize=False)
     assert got.dtype == torch.float32
-    judge(got, lambda q, k: weights_of(q, k, causal).sum(2), q, k)
+    judge(got, column_sums, q, k, causal)
 
 
 def test_one_key(device):
@@ -51,9 +61,8 @@ def test_one_key(device):
         assert ((got - 1).abs() <= bound[..., 0]).all()
 
 
-def pooled_by(block_q, block_k, causal):
-    def pooled(q, k):
-        weights = weights_of(q, k, causal)
+def pooled_by(block_q, block_k):
+    def pooled(weights):
         pad = (0, -weights.shape[3] % block_k, 0, -weights.shape[2] % block_q)
         return torch.nn.functional.max_pool2d(torch.nn.functional.pad(weights, pad), (block_q, block_k))
 
@@ -67,8 +76,8 @@ def pooled_by(block_q, block_k, causal):
 def test_head_dims(device, dtype, dim):
     q, k, lse = prepared(Shape(1, 2, 1, 37, 53, dim, dim), dtype, device, True)
     sums = tw.attention_column_sums(q, k, lse, causal=True, normalize=False)
-    judge(sums, lambda q, k: weights_of(q, k, True).sum(2), q, k)
-    judge(tw.attention_block_max(q, k, lse, 16, causal=True), pooled_by(16, 16, True), q, k)
+    judge(sums, column_sums, q, k, True)
+    judge(tw.attention_block_max(q, k, lse, 16, causal=True), pooled_by(16, 16), q, k, True)
 
 
 @pytest.mark.modes
@@ -77,8 +86,8 @@ def test_several_tiles(device, dtype):
     """Of queries and of keys, also within one block of the result; rows far apart in memory."""
     q, k, lse = prepared(Shape(1, 2, 1, 75, 150, 64, 64), dtype, device, True, "bshd")
     sums = tw.attention_column_sums(q, k, lse, causal=True, normalize=False)
-    judge(sums, lambda q, k: weights_of(q, k, True).sum(2), q, k)
-    judge(tw.attention_block_max(q, k, lse, (48, 80), causal=True), pooled_by(48, 80, True), q, k)
+    judge(sums, column_sums, q, k, True)
+    judge(tw.attention_block_max(q, k, lse, (48, 80), causal=True), pooled_by(48, 80), q, k, True)
 
 
 @pytest.mark.modes
@@ -98,7 +107,7 @@ def test_schedules(device, dtype):
 def test_spans_of_queries(device):
     """More queries than the maxima of one block of threads, and blocks that do not divide their number."""
     q, k, lse = prepared(Shape(1, 1, 1, 530, 20, 8, 8), torch.float16, device, False)
-    judge(tw.attention_block_max(q, k, lse, (96, 16)), pooled_by(96, 16, False), q, k)
+    judge(tw.attention_block_max(q, k, lse, (96, 16)), pooled_by(96, 16), q, k, False)
 
 
 def test_queries_without_weight(device):
@@ -137,7 +146,7 @@ def test_block_max(device, shape, block, causal):
     q, k, lse = prepared(shape.on(device), torch.float32, device, causal)
     got = tw.attention_block_max(q, k, lse, block, causal=causal)
     block_q, block_k = (block, block) if isinstance(block, int) else block
-    judge(got, pooled_by(block_q, block_k, causal), q, k)
+    judge(got, pooled_by(block_q, block_k), q, k, causal)
 
 
 def test_rows_without_keys(device):

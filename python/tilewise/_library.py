@@ -4,14 +4,16 @@ from collections.abc import Callable
 
 import torch
 
+from tilewise import _C
+
 _library = torch.library.Library("tilewise", "DEF")
 
 
 def register(schema: str, kernel: Callable, fake: Callable) -> Callable:
     """Defines ``tilewise::<schema>`` for CPU and CUDA tensors and returns the operator.
 
-    ``kernel`` allocates with ``torch.empty`` and calls ``tilewise._C``; ``fake`` does the same without data. Passing a
-    function of ``tilewise._C`` itself as the kernel of an out-variant operator saves a Python frame per call.
+    ``kernel`` allocates with ``torch.empty`` and calls ``tilewise._C``; ``fake`` does the same without data. Passing
+    :func:`core` of its name as the kernel of an out-variant operator saves a Python frame per call.
     """
     name = schema.split("(", 1)[0]
     _library.define(schema)
@@ -19,6 +21,15 @@ def register(schema: str, kernel: Callable, fake: Callable) -> Callable:
         _library.impl(name, kernel, key)
     torch.library.register_fake(f"tilewise::{name}", fake, lib=_library)
     return getattr(torch.ops.tilewise, name).default
+
+
+def core(name: str) -> Callable:
+    """The function of ``tilewise._C``; in a build without its family, one that raises."""
+
+    def missing(*args):
+        raise NotImplementedError(f"{name}: not in this build, expected its family among TILEWISE_FAMILIES")
+
+    return getattr(_C, name, missing)
 
 
 def register_autograd(name: str, backward: Callable, setup_context: Callable) -> None:

@@ -3,7 +3,7 @@
 import torch
 
 from tilewise import _C, rope
-from tilewise._library import check_tensors, register
+from tilewise._library import check_tensors, core, register
 from tilewise.attention.paged import FORMATS, attend_pages
 
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -11,13 +11,13 @@ _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _cache_append_op = register(
     "cache_append(Tensor(a!) k_pages, Tensor(b!) v_pages, Tensor block_table, Tensor start, Tensor k, Tensor v, "
     "int format, Tensor? k_channels, Tensor? v_channels, Tensor? cos, Tensor? sin, bool interleaved) -> ()",
-    _C.cache_append,
+    core("cache_append"),
     fake=lambda *_: None,
 )
 _cache_rotate_op = register(
     "cache_rotate(Tensor(a!) k_pages, Tensor block_table, Tensor positions, int dim, int format, "
     "Tensor? k_channels, Tensor cos, Tensor sin, bool interleaved) -> ()",
-    _C.cache_rotate,
+    core("cache_rotate"),
     fake=lambda *_: None,
 )
 

@@ -3,7 +3,7 @@
 import torch
 
 from tilewise import _C
-from tilewise._library import check_tensors, register, register_autograd, rows_contiguous
+from tilewise._library import check_tensors, core, register, register_autograd, rows_contiguous
 from tilewise.attention import options as attention_options
 from tilewise.attention.options import SCHEMA, empty_gradients, empty_outputs, of_options
 
@@ -41,7 +41,7 @@ attention_backward_op = register(
 _attention_out_op = register(
     "attention_out(Tensor q, Tensor k, Tensor v, Tensor(a!) out, Tensor(b!) lse, "
     "bool causal=False, float? scale=None) -> ()",
-    _C.attention_out,
+    core("attention_out"),
     fake=lambda *_: None,
 )
 register_autograd("attention", *attention_options.differentiation(attention_backward_op, tensors=3))

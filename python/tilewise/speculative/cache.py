@@ -4,13 +4,12 @@ from collections.abc import Sequence
 
 import torch
 
-from tilewise import _C
-from tilewise._library import check_tensors, register
+from tilewise._library import check_tensors, core, register
 
 _append_kv_op = register(
     "append_kv(Tensor(a!) k_pages, Tensor(b!) v_pages, Tensor block_table, Tensor start, Tensor k, Tensor v, "
     "Tensor? n_nodes) -> ()",
-    _C.append_kv,
+    core("append_kv"),
     fake=lambda k_pages, v_pages, block_table, start, k, v, n_nodes: None,
 )
 
@@ -56,7 +55,7 @@ def append_kv(
 _compact_kv_op = register(
     "compact_kv(Tensor(a!)[] k_pages, Tensor(b!)[] v_pages, Tensor block_table, Tensor prefix_len, Tensor path, "
     "Tensor accept_len) -> ()",
-    _C.compact_kv,
+    core("compact_kv"),
     fake=lambda k_pages, v_pages, block_table, prefix_len, path, accept_len: None,
 )
 

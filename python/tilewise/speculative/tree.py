@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 
 from tilewise import _C
-from tilewise._library import check_tensors, register
+from tilewise._library import check_tensors, core, register
 from tilewise.speculative.template import TreeTemplate
 
 #: The largest N of any tree.
@@ -177,7 +177,7 @@ def tree_from_sequences(
 
 _table_update_op = register(
     "table_update(Tensor(a!) table, Tensor tokens, Tensor topk, Tensor? n_nodes) -> ()",
-    _C.table_update,
+    core("table_update"),
     fake=lambda table, tokens, topk, n_nodes: None,
 )
 
