@@ -363,5 +363,44 @@ TILEWISE_INLINE float unsigned_scale(uint32_t finite_max_bits) {
   return max_of(bits_to_float(finite_max_bits), kMinUnsignedScale);
 }
 
+// What kernels are templates over. A block of the state is kPieces times BlockValues, which share a scale.
+struct Codec4 {
+  static constexpr int kBits = 4, kPieces = 1, kElements = kBlock;
+  static constexpr int kPieceBytes = kCodeBytes, kBytes = kPieces * kPieceBytes;
+  static constexpr float kMinSigned = kMinSignedScale, kMinUnsigned = kMinUnsignedScale;
+
+  TILEWISE_INLINE static void decode_signed(const uint8_t* codes, float factor, BlockValues& x) {
+    tilewise::decode_signed(codes, factor, x);
+  }
+  TILEWISE_INLINE static void decode_unsigned(const uint8_t* codes, float factor, BlockValues& x) {
+    tilewise::decode_unsigned(codes, factor, x);
+  }
+  TILEWISE_INLINE static void encode_signed(const BlockValues& x, float scale, uint8_t* codes) {
+    tilewise::encode_signed(x, scale, codes);
+  }
+  TILEWISE_INLINE static void encode_unsigned(const BlockValues& x, float scale, uint8_t* codes) {
+    tilewise::encode_unsigned(x, scale, codes);
+  }
+};
+
+template <class Codec>
+using StateBlock = BlockValues[Codec::kPieces];
+
+template <class Codec>
+TILEWISE_INLINE float signed_scale(const StateBlock<Codec>& x) {
+  float scale = Codec::kMinSigned;
+#pragma GCC unroll 2
+  for (const BlockValues& piece : x) scale = max_of(scale, signed_scale(piece));
+  return scale;
+}
+// Of values that are >= 0 and finite.
+template <class Codec>
+TILEWISE_INLINE float unsigned_scale(const StateBlock<Codec>& x) {
+  uint32_t top = 0;
+#pragma GCC unroll 2
+  for (const BlockValues& piece : x) top = max_of(top, max_bits(piece));
+  return max_of(bits_to_float(top), Codec::kMinUnsigned);
+}
+
 }  // namespace
 }  // namespace tilewise

@@ -6,17 +6,18 @@ namespace tilewise {
 namespace {
 
 // Runs body(values of block b, b) over all blocks; the last one through a copy padded with zeros.
-template <class Body>
+template <class Codec, class Body>
 void for_each_block(const CodecParams& p, const Runtime& rt, bool write, const Body& body) {
-  parallel_for(rt, ceil_div(p.n, kBlock), 64, [&](int64_t begin, int64_t end) {
+  constexpr int kElements = Codec::kElements;
+  parallel_for(rt, ceil_div(p.n, kElements), 8192 / kElements, [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; b++) {
-      float* values = p.values + b * kBlock;
-      const int64_t count = p.n - b * kBlock;
-      if (count >= kBlock) {
+      float* values = p.values + b * kElements;
+      const int64_t count = p.n - b * kElements;
+      if (count >= kElements) {
         body(values, b);
         continue;
       }
-      float padded[kBlock] = {};
+      float padded[kElements] = {};
       __builtin_memcpy(padded, values, count * sizeof(float));
       body(padded, b);
       if (write) __builtin_memcpy(values, padded, count * sizeof(float));
@@ -25,36 +26,49 @@ void for_each_block(const CodecParams& p, const Runtime& rt, bool write, const B
 }
 
 // Values that are not finite count as zero, as in a step.
-inline void quantize_block(const CodecParams& p, const float* values, int64_t b) {
-  BlockValues x;
-  for (int i = 0; i < kVectors; i++) {
-    const VF value = load(values + i * W);
-    x[i] = select((VI)(abs(value) < set1(kInfinity)), value, set1(0));
-    if (!p.is_signed) x[i] = max(x[i], set1(0));
+template <class Codec>
+void quantize_block(const CodecParams& p, const float* values, int64_t b) {
+  StateBlock<Codec> x;
+  for (int i = 0; i < Codec::kPieces * kVectors; i++) {
+    const VF value = load(values + i * W), usable = select((VI)(abs(value) < set1(kInfinity)), value, set1(0));
+    x[i / kVectors][i % kVectors] = p.is_signed ? usable : max(usable, set1(0));
   }
-  float& scale = p.scales[b * p.scale_stride];
-  uint8_t* codes = p.codes + b * kCodeBytes;
-  if (p.is_signed) {
-    scale = signed_scale(x);
-    encode_signed(x, scale, codes);
-  } else {
-    scale = unsigned_scale(max_bits(x));
-    encode_unsigned(x, scale, codes);
+  const float scale = p.is_signed ? signed_scale<Codec>(x) : unsigned_scale<Codec>(x);
+  p.scales[b * p.scale_stride] = scale;
+  for (int i = 0; i < Codec::kPieces; i++) {
+    uint8_t* codes = p.codes + b * Codec::kBytes + i * Codec::kPieceBytes;
+    p.is_signed ? Codec::encode_signed(x[i], scale, codes) : Codec::encode_unsigned(x[i], scale, codes);
   }
 }
 
+template <class Codec>
+void dequantize_block(const CodecParams& p, float* values, int64_t b) {
+  const float scale = p.scales[b * p.scale_stride];
+  for (int i = 0; i < Codec::kPieces; i++) {
+    const uint8_t* codes = p.codes + b * Codec::kBytes + i * Codec::kPieceBytes;
+    BlockValues x;
+    p.is_signed ? Codec::decode_signed(codes, scale, x) : Codec::decode_unsigned(codes, scale, x);
+    for (int j = 0; j < kVectors; j++) store(values + i * kBlock + j * W, x[j]);
+  }
+}
+
+template <class Codec>
+void quantize_blocks(const CodecParams& p, const Runtime& rt) {
+  for_each_block<Codec>(p, rt, false, [&](float* values, int64_t b) { quantize_block<Codec>(p, values, b); });
+}
+
+template <class Codec>
+void dequantize_blocks(const CodecParams& p, const Runtime& rt) {
+  for_each_block<Codec>(p, rt, true, [&](float* values, int64_t b) { dequantize_block<Codec>(p, values, b); });
+}
+
 const char* quantize(const CodecParams& p, const Runtime& rt) {
-  for_each_block(p, rt, false, [&](float* values, int64_t b) { quantize_block(p, values, b); });
+  quantize_blocks<Codec4>(p, rt);
   return nullptr;
 }
 
 const char* dequantize(const CodecParams& p, const Runtime& rt) {
-  for_each_block(p, rt, true, [&](float* values, int64_t b) {
-    BlockValues x;
-    const float scale = p.scales[b * p.scale_stride];
-    (p.is_signed ? decode_signed : decode_unsigned)(p.codes + b * kCodeBytes, scale, x);
-    for (int i = 0; i < kVectors; i++) store(values + i * W, x[i]);
-  });
+  dequantize_blocks<Codec4>(p, rt);
   return nullptr;
 }
 

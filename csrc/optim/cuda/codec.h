@@ -17,7 +17,9 @@ constexpr int kQuad = kBlock / kLaneElements;
 
 template <int Run>
 struct Quad {
-  static constexpr int kChunks = kLaneElements / Run;
+  static constexpr int kRun = Run, kChunks = kLaneElements / Run;
+  using Values = float[kChunks][Run];
+  using Codes = uint32_t[Run];
   int part;  // 0..3, this lane's place
 
   // The first element of chunk c within the block, and where its codes stand in their words.
@@ -26,6 +28,19 @@ struct Quad {
   }
   SIMT_DEVICE int shift(int c) const { return Run == 4 ? 8 * (c & 3) + 4 * (c >> 2) : 8 * c + 4 * (part & 1); }
 
+  // The code of element i of chunk c.
+  SIMT_DEVICE uint32_t code(const Codes& words, int c, int i) const { return words[i] >> shift(c) & 15; }
+  SIMT_DEVICE void clear(Codes& words) const {
+#pragma unroll
+    for (int i = 0; i < Run; i++) words[i] = 0;
+  }
+  SIMT_DEVICE void put(Codes& words, int c, int i, uint32_t code) const { words[i] |= code << shift(c); }
+
+  // All lanes of the warp take part; only those with `valid` load.
+  SIMT_DEVICE void load_codes(Codes& words, const uint8_t* codes, bool valid) const {
+    clear(words);
+    if (valid) load_codes(words, codes);
+  }
   SIMT_DEVICE void load_codes(uint32_t (&words)[Run], const uint8_t* codes) const {
     const uint8_t* mine = codes + (Run == 4 ? 16 * part : 32 * (part >> 1));
 #pragma unroll
@@ -119,6 +134,63 @@ SIMT_DEVICE float signed_scale(float absmax) {
 }
 SIMT_DEVICE float unsigned_scale(float max) {
   return fmaxf(warp_max(max, kQuad), kMinUnsignedScale);
+}
+
+// What kernels are templates over. `Lane<Run>` says which elements of a block a lane holds and moves their codes; a
+// decoder and an encoder are made once per block. Tables are filled by the whole thread block, before a sync_block.
+struct Codec4 {
+  static constexpr int kBits = 4, kElements = kBlock, kBytes = kCodeBytes, kLanes = kQuad;
+  template <int Run>
+  using Lane = Quad<Run>;
+
+  struct Tables {
+    float signed_values[16];
+
+    SIMT_DEVICE void fill() {
+      if (thread_id() < 16) signed_values[thread_id()] = signed_value(thread_id());
+    }
+  };
+  struct SignedDecoder {
+    const Tables& tables;
+    float factor;
+    SIMT_DEVICE SignedDecoder(const Tables& t, float f) : tables(t), factor(f) {}
+    SIMT_DEVICE float decode(uint32_t code) const { return tables.signed_values[code] * factor; }
+  };
+  struct UnsignedDecoder {
+    float unit;
+    SIMT_DEVICE UnsignedDecoder(const Tables&, float factor) : unit(factor * kFourthPowerUnit) {}
+    SIMT_DEVICE float decode(uint32_t code) const { return unsigned_value(code) * unit; }
+  };
+  struct SignedEncoder : SignedCodec {
+    SIMT_DEVICE SignedEncoder(const Tables&, float scale) : SignedCodec(scale) {}
+  };
+  struct UnsignedEncoder : UnsignedCodec {
+    SIMT_DEVICE UnsignedEncoder(const Tables&, float scale) : UnsignedCodec(scale) {}
+  };
+  // Of the largest magnitude of each lane; every lane of the warp takes part.
+  SIMT_DEVICE static float signed_scale(float absmax) { return optim::signed_scale(absmax); }
+  SIMT_DEVICE static float unsigned_scale(float max) { return optim::unsigned_scale(max); }
+};
+
+// The values of a lane, from its codes and back to them.
+template <class Lane, class Decoder>
+SIMT_DEVICE void decode_lane(typename Lane::Values& x, const Lane& lane, const typename Lane::Codes& codes,
+                             const Decoder& decoder) {
+#pragma unroll
+  for (int c = 0; c < Lane::kChunks; c++) {
+#pragma unroll
+    for (int i = 0; i < Lane::kRun; i++) x[c][i] = decoder.decode(lane.code(codes, c, i));
+  }
+}
+template <class Lane, class Encoder>
+SIMT_DEVICE void encode_lane(typename Lane::Codes& codes, const Lane& lane, const typename Lane::Values& x,
+                             const Encoder& encoder) {
+  lane.clear(codes);
+#pragma unroll
+  for (int c = 0; c < Lane::kChunks; c++) {
+#pragma unroll
+    for (int i = 0; i < Lane::kRun; i++) lane.put(codes, c, i, encoder.encode(x[c][i]));
+  }
 }
 
 // ---- Run elements of T, in one access where that is aligned and inside the n elements; missing ones read as zero ----

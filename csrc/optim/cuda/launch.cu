@@ -62,11 +62,15 @@ const char* adamw_step(const AdamWParams& p, const Runtime& rt) {
   return nullptr;
 }
 
-template <class Kernel>
+template <template <class> class Kernel, class Codec>
+const char* launch_codec(const CodecParams& p, const Runtime& rt) {
+  const int64_t blocks = simt::ceil_div<int64_t>(p.n, Codec::kElements);
+  const auto grid = static_cast<unsigned>(simt::ceil_div<int64_t>(blocks * Codec::kLanes, kCodecThreads));
+  return simt::launch<Kernel<Codec>>(dim3(grid), {p, aligned16(p.values)}, rt.stream);
+}
+template <template <class> class Kernel>
 const char* run_codec(const CodecParams& p, const Runtime& rt) {
-  const int64_t blocks = simt::ceil_div<int64_t>(p.n, kBlock);
-  const auto grid = static_cast<unsigned>(simt::ceil_div<int64_t>(blocks * kQuad, kCodecThreads));
-  return simt::launch<Kernel>(dim3(grid), {p, aligned16(p.values)}, rt.stream);
+  return launch_codec<Kernel, Codec4>(p, rt);
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-// Block-wise quantisation of a whole tensor, and back: a quad of lanes per block, as in a step.
+// Block-wise quantisation of a whole tensor, and back: some lanes per block, as in a step.
 #pragma once
 #include "optim/cuda/codec.h"
 
@@ -11,32 +11,37 @@ struct CodecLaunch {
 
 constexpr int kCodecThreads = 128;
 
+template <class Codec>
 struct Quantize {
   static constexpr int kThreads = kCodecThreads, kMinArch = 800;
   using Params = CodecLaunch;
-  struct Smem {};
-  using Lane = Quad<4>;
-  using Values = float[Lane::kChunks][4];
+  struct Smem {
+    typename Codec::Tables tables;
+  };
+  using Lane = typename Codec::template Lane<4>;
+  using Values = typename Lane::Values;
 
-  SIMT_DEVICE static void run(const Params& q, Smem&) {
-    const Lane lane{thread_id() % kQuad};
-    const int64_t block = (static_cast<int64_t>(block_idx().x) * kThreads + thread_id()) / kQuad;
-    const bool valid = block * kBlock < q.p.n;
+  SIMT_DEVICE static void run(const Params& q, Smem& s) {
+    s.tables.fill();
+    sync_block();
+    const Lane lane{thread_id() % Codec::kLanes};
+    const int64_t block = (static_cast<int64_t>(block_idx().x) * kThreads + thread_id()) / Codec::kLanes;
+    const bool valid = block * Codec::kElements < q.p.n;
     Values x = {};
-    if (valid) load(x, lane, q, block * kBlock);
+    if (valid) load(x, lane, q, block * Codec::kElements);
     float top = 0;
 #pragma unroll
     for (int c = 0; c < Lane::kChunks; c++) {
 #pragma unroll
       for (int i = 0; i < 4; i++) top = fmaxf(top, fabsf(x[c][i]));
     }
-    const float scale = q.p.is_signed ? signed_scale(top) : unsigned_scale(top);
-    uint32_t words[4] = {};
+    const float scale = q.p.is_signed ? Codec::signed_scale(top) : Codec::unsigned_scale(top);
+    typename Lane::Codes codes;
     if (q.p.is_signed)
-      encode(words, x, lane, SignedCodec(scale));
+      encode_lane(codes, lane, x, typename Codec::SignedEncoder(s.tables, scale));
     else
-      encode(words, x, lane, UnsignedCodec(scale));
-    lane.store_codes(words, q.p.codes + block * kCodeBytes, valid);
+      encode_lane(codes, lane, x, typename Codec::UnsignedEncoder(s.tables, scale));
+    lane.store_codes(codes, q.p.codes + block * Codec::kBytes, valid);
     if (valid && lane.part == 0) q.p.scales[block * q.p.scale_stride] = scale;
   }
 
@@ -52,43 +57,35 @@ struct Quantize {
       }
     }
   }
-
-  template <class Codec>
-  SIMT_DEVICE static void encode(uint32_t (&words)[4], const Values& x, const Lane& lane, const Codec& codec) {
-#pragma unroll
-    for (int c = 0; c < Lane::kChunks; c++) {
-#pragma unroll
-      for (int i = 0; i < 4; i++) words[i] |= codec.encode(x[c][i]) << lane.shift(c);
-    }
-  }
 };
 
+template <class Codec>
 struct Dequantize {
   static constexpr int kThreads = kCodecThreads, kMinArch = 800;
   using Params = CodecLaunch;
   struct Smem {
-    float signed_values[16];
+    typename Codec::Tables tables;
   };
+  using Lane = typename Codec::template Lane<4>;
 
   SIMT_DEVICE static void run(const Params& q, Smem& s) {
-    if (thread_id() < 16) s.signed_values[thread_id()] = signed_value(thread_id());
+    s.tables.fill();
     sync_block();
-    const Quad<4> lane{thread_id() % kQuad};
-    const int64_t block = (static_cast<int64_t>(block_idx().x) * kThreads + thread_id()) / kQuad;
-    if (block * kBlock >= q.p.n) return;
+    const Lane lane{thread_id() % Codec::kLanes};
+    const int64_t block = (static_cast<int64_t>(block_idx().x) * kThreads + thread_id()) / Codec::kLanes;
+    const bool valid = block * Codec::kElements < q.p.n;
+    typename Lane::Codes codes;
+    lane.load_codes(codes, q.p.codes + block * Codec::kBytes, valid);
+    if (!valid) return;
     const float scale = q.p.scales[block * q.p.scale_stride];
-    uint32_t words[4];
-    lane.load_codes(words, q.p.codes + block * kCodeBytes);
+    typename Lane::Values x;
+    if (q.p.is_signed)
+      decode_lane(x, lane, codes, typename Codec::SignedDecoder(s.tables, scale));
+    else
+      decode_lane(x, lane, codes, typename Codec::UnsignedDecoder(s.tables, scale));
 #pragma unroll
-    for (int c = 0; c < Quad<4>::kChunks; c++) {
-      float x[4];
-#pragma unroll
-      for (int i = 0; i < 4; i++) {
-        const uint32_t code = words[i] >> lane.shift(c) & 15;
-        x[i] = q.p.is_signed ? s.signed_values[code] * scale : unsigned_value(code) * (scale * kFourthPowerUnit);
-      }
-      store_run(x, q.p.values, block * kBlock + lane.element(c), q.p.n, q.aligned);
-    }
+    for (int c = 0; c < Lane::kChunks; c++)
+      store_run(x[c], q.p.values, block * Codec::kElements + lane.element(c), q.p.n, q.aligned);
   }
 };
 
