@@ -37,16 +37,18 @@ void adamw_step_lists(const Tensors& params, const Tensors& grads, const Tensors
 
 void bind_optim(py::module_& m) {
   m.def("adamw_step", &adamw_step_lists);
-  m.def("quantize_state", [](const PyTensor& values, const PyTensor& codes, const PyTensor& scales, bool is_signed) {
-    void* stream = values.stream();
-    const py::gil_scoped_release release;
-    quantize_state(values, codes, scales, is_signed, stream);
-  });
-  m.def("dequantize_state", [](const PyTensor& codes, const PyTensor& scales, const PyTensor& values, bool is_signed) {
-    void* stream = values.stream();
-    const py::gil_scoped_release release;
-    dequantize_state(codes, scales, values, is_signed, stream);
-  });
+  m.def("quantize_state",
+        [](const PyTensor& values, const PyTensor& codes, const PyTensor& scales, bool is_signed, int bits) {
+          void* stream = values.stream();
+          const py::gil_scoped_release release;
+          quantize_state(values, codes, scales, is_signed, bits, stream);
+        });
+  m.def("dequantize_state",
+        [](const PyTensor& codes, const PyTensor& scales, const PyTensor& values, bool is_signed, int bits) {
+          void* stream = values.stream();
+          const py::gil_scoped_release release;
+          dequantize_state(codes, scales, values, is_signed, bits, stream);
+        });
 }
 
 }  // namespace tilewise

@@ -20,8 +20,9 @@ using optim::kBlock;
 using optim::kCodeBytes;
 using optim::Kernels;
 
-int64_t blocks_of(int64_t n) {
-  return (n + kBlock - 1) / kBlock;
+int64_t blocks_of(int64_t n, int bits = 4) {
+  const int64_t block = bits == 4 ? kBlock : optim::kBlock8;
+  return (n + block - 1) / block;
 }
 
 optim::Float float_of(DType t) {
@@ -45,9 +46,9 @@ void check_same_shape(const Check& check, const Tensor& t, const char* name, con
 }
 
 // The kernels use 16-byte accesses on codes; torch's allocators align far better, an odd view does not.
-void check_codes(const Check& check, const Tensor& t, const char* name, int64_t n) {
+void check_codes(const Check& check, const Tensor& t, const char* name, int64_t n, int bits = 4) {
   check.dtype(t, name, {DType::u8});
-  check.shape(t, name, {blocks_of(n), kCodeBytes});
+  check.shape(t, name, {blocks_of(n, bits), bits == 4 ? kCodeBytes : optim::kCodeBytes8});
   check.contiguous(t, name);
   check.that(reinterpret_cast<uintptr_t>(t.data) % 16 == 0, name, "is not aligned, expected a multiple of 16 bytes");
 }
@@ -117,20 +118,21 @@ AdamWTensor launch_record(const AdamWSlot& s, const AdamWOptions& o, int64_t fir
 }
 
 optim::CodecParams check_codec(const Check& check, const Tensor& values, const Tensor& codes, const Tensor& scales,
-                               bool is_signed) {
+                               bool is_signed, int bits) {
   const int64_t n = values.numel();
+  check.that(bits == 4 || bits == 8, "bits", "is %d, expected 4 or 8", bits);
   check.dtype(values, "values", {DType::f32});
   check.contiguous(values, "values");
-  check_codes(check, codes, "codes", n);
+  check_codes(check, codes, "codes", n, bits);
   check.dtype(scales, "scales", {DType::f32});
-  check.shape(scales, "scales", {blocks_of(n)});
+  check.shape(scales, "scales", {blocks_of(n, bits)});
   check.output(scales, "scales");
   check.same_device(codes, "codes", values, "values");
   check.same_device(scales, "scales", values, "values");
   check.no_overlap(codes, "codes", values, "values");
   check.no_overlap(scales, "scales", values, "values");
   check.no_overlap(scales, "scales", codes, "codes");
-  return {values.ptr<float>(), codes.ptr<uint8_t>(), scales.ptr<float>(), n, scales.strides[0], is_signed};
+  return {values.ptr<float>(), codes.ptr<uint8_t>(), scales.ptr<float>(), n, scales.strides[0], is_signed, bits};
 }
 
 }  // namespace
@@ -163,13 +165,15 @@ void adamw_step(const AdamWSlot* slots, size_t count, const AdamWOptions& option
   run_kernel("adamw_step", kKernels, slots[0].param.device, &Kernels::adamw_step, params, stream);
 }
 
-void quantize_state(const Tensor& values, const Tensor& codes, const Tensor& scales, bool is_signed, void* stream) {
-  const auto params = check_codec(Check("quantize_state"), values, codes, scales, is_signed);
+void quantize_state(const Tensor& values, const Tensor& codes, const Tensor& scales, bool is_signed, int bits,
+                    void* stream) {
+  const auto params = check_codec(Check("quantize_state"), values, codes, scales, is_signed, bits);
   if (params.n) run_kernel("quantize_state", kKernels, values.device, &Kernels::quantize, params, stream);
 }
 
-void dequantize_state(const Tensor& codes, const Tensor& scales, const Tensor& values, bool is_signed, void* stream) {
-  const auto params = check_codec(Check("dequantize_state"), values, codes, scales, is_signed);
+void dequantize_state(const Tensor& codes, const Tensor& scales, const Tensor& values, bool is_signed, int bits,
+                      void* stream) {
+  const auto params = check_codec(Check("dequantize_state"), values, codes, scales, is_signed, bits);
   if (params.n) run_kernel("dequantize_state", kKernels, values.device, &Kernels::dequantize, params, stream);
 }
 

@@ -1,6 +1,6 @@
 // What every backend of the family receives. Plain C: the per-ISA objects include it too.
 //
-// A quantised state keeps 4 bits per element and one float32 scale per block of 128 consecutive (row-major) elements.
+// A 4-bit state keeps one float32 scale per block of 128 consecutive (row-major) elements.
 // The codes of a block are 64 bytes: seen as 16 little-endian words, bits 8k + 4h of word j hold element
 // 64h + 16k + j (h = 0..1, k = 0..3, j = 0..15). So one shift of 16 words gives 16 consecutive elements in the lanes of
 // a CPU vector, and 4 words (16 bytes) give a CUDA thread 8 runs of 4 consecutive elements. The last block of a tensor
@@ -12,11 +12,13 @@ namespace tilewise::optim {
 
 constexpr int kBlock = 128;
 constexpr int kCodeBytes = 64;
+constexpr int kBlock8 = 256, kCodeBytes8 = 256;  // 8-bit states: a byte per element, in order (book8.h)
 
-// The code books. Signed (first moment): dynamic exponent, 4 bits. Its published decimals are rounded to multiples of
-// 2^-23, which moves them by less than 6e-8 and makes the midpoint of any two neighbours a float: then the nearest code
-// can be decided exactly in float arithmetic. Unsigned (second moment): ((i + 1) / 16)^4, linear in the fourth root: no
-// zero, and down to 2^-16 of the block's largest, because the second moments of one block lie that far apart.
+// The 4-bit code books. Signed (first moment): dynamic exponent, 4 bits. Its published decimals are rounded to
+// multiples of 2^-23, which moves them by less than 6e-8 and makes the midpoint of any two neighbours a float: then the
+// nearest code can be decided exactly in float arithmetic. Unsigned (second moment): ((i + 1) / 16)^4, linear in the
+// fourth root: no zero, and down to 2^-16 of the block's largest, because the second moments of one block lie that far
+// apart.
 constexpr float on_grid(double x) {
   return static_cast<float>(static_cast<int>(x * 0x1p23 + 0.5) * 0x1p-23);
 }
@@ -69,10 +71,11 @@ struct AdamWParams {
 // Block-wise quantisation by itself: what a step does to its moments, and back.
 struct CodecParams {
   float* values;   // [n]
-  uint8_t* codes;  // [blocks, 64]
+  uint8_t* codes;  // [blocks, 64], or of 8 bits [blocks, 256]
   float* scales;   // [blocks], `scale_stride` apart
   int64_t n, scale_stride;
   bool is_signed;
+  int bits;
 };
 
 // The family's kernels on one machine; null = not available there.

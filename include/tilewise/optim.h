@@ -1,7 +1,8 @@
 // Optimizers with quantised states.
 //
-// A quantised state keeps 4 bits per element and a float32 scale per block of 128 consecutive elements: B = ceil(n /
-// 128) blocks of 64 bytes. csrc/optim/params.h gives the order of the codes and the code books.
+// A 4-bit state keeps a float32 scale per block of 128 consecutive elements: B = ceil(n / 128) blocks of 64 bytes.
+// csrc/optim/params.h gives the order of the codes and the code books. An 8-bit one has blocks of 256 elements, a byte
+// each in their order; its code books (csrc/optim/book8.h) and scales are those of bitsandbytes.
 #pragma once
 #include <cstddef>
 
@@ -33,10 +34,11 @@ void adamw_step(const AdamWSlot* slots, size_t count, const AdamWOptions& option
 
 // Nearest code exactly; a tie goes to the code of smaller magnitude. Values that are not finite, and negative ones
 // where is_signed is false, count as zero.
-//   values f32 contiguous, n elements; codes u8 [B, 64]; scales f32 [B], any stride
-void quantize_state(const Tensor& values, const Tensor& codes, const Tensor& scales, bool is_signed,
+//   values f32 contiguous, n elements; bits 4 or 8; scales f32 [B], any stride
+//   codes u8 [B, 64], B = ceil(n / 128), for 4 bits; u8 [B, 256], B = ceil(n / 256), for 8
+void quantize_state(const Tensor& values, const Tensor& codes, const Tensor& scales, bool is_signed, int bits = 4,
                     void* stream = nullptr);
-void dequantize_state(const Tensor& codes, const Tensor& scales, const Tensor& values, bool is_signed,
+void dequantize_state(const Tensor& codes, const Tensor& scales, const Tensor& values, bool is_signed, int bits = 4,
                       void* stream = nullptr);
 
 }  // namespace tilewise

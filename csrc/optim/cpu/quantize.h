@@ -1,6 +1,6 @@
 // Block-wise quantisation of a whole tensor, and back.
 #pragma once
-#include "optim/cpu/codec.h"
+#include "optim/cpu/codec8.h"
 
 namespace tilewise {
 namespace {
@@ -63,12 +63,12 @@ void dequantize_blocks(const CodecParams& p, const Runtime& rt) {
 }
 
 const char* quantize(const CodecParams& p, const Runtime& rt) {
-  quantize_blocks<Codec4>(p, rt);
+  p.bits == 4 ? quantize_blocks<Codec4>(p, rt) : quantize_blocks<Codec8>(p, rt);
   return nullptr;
 }
 
 const char* dequantize(const CodecParams& p, const Runtime& rt) {
-  dequantize_blocks<Codec4>(p, rt);
+  p.bits == 4 ? dequantize_blocks<Codec4>(p, rt) : dequantize_blocks<Codec8>(p, rt);
   return nullptr;
 }
 

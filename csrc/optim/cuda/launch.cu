@@ -70,7 +70,7 @@ const char* launch_codec(const CodecParams& p, const Runtime& rt) {
 }
 template <template <class> class Kernel>
 const char* run_codec(const CodecParams& p, const Runtime& rt) {
-  return launch_codec<Kernel, Codec4>(p, rt);
+  return p.bits == 4 ? launch_codec<Kernel, Codec4>(p, rt) : launch_codec<Kernel, Codec8>(p, rt);
 }
 
 }  // namespace

@@ -1,6 +1,6 @@
 // Block-wise quantisation of a whole tensor, and back: some lanes per block, as in a step.
 #pragma once
-#include "optim/cuda/codec.h"
+#include "optim/cuda/codec8.h"
 
 namespace tilewise::optim {
 

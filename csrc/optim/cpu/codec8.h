@@ -1,0 +1,189 @@
+// Half a block of 256 values to and from 8-bit codes (code books and what decides: book8.h). Rounding is to the nearest
+// code exactly, a tie going to the code of smaller magnitude.
+#pragma once
+#include "optim/book8.h"
+#include "optim/cpu/codec.h"
+
+namespace tilewise {
+namespace {
+
+// ---- eight floats to look up by the low three bits of an index ----
+#if defined(__AVX512F__)
+struct Table8 {
+  __m512 entries;  // twice
+};
+TILEWISE_INLINE VF look_up(const Table8& t, VI index) {
+  return (VF)_mm512_permutexvar_ps((__m512i)index, t.entries);
+}
+#elif defined(__AVX2__)
+struct Table8 {
+  __m256 entries;
+};
+TILEWISE_INLINE VF look_up(const Table8& t, VI index) {
+  return (VF)_mm256_permutevar8x32_ps(t.entries, (__m256i)index);
+}
+#else
+struct Table8 {
+  float entries[8];
+};
+inline VF look_up(const Table8& t, VI index) {
+  VF v;
+  for (int lane = 0; lane < W; lane++) v[lane] = t.entries[index[lane] & 7];
+  return v;
+}
+#endif
+
+struct Floats8 {
+  float value[16];  // twice eight
+};
+template <class Entry>
+constexpr Floats8 column(const Entry (&entries)[8], float Entry::* member) {
+  Floats8 f = {};
+  for (int i = 0; i < 16; i++) f.value[i] = entries[i % 8].*member;
+  return f;
+}
+TILEWISE_INLINE Table8 table_of(const Floats8& f) {
+  Table8 t;
+  __builtin_memcpy(&t, &f, sizeof t);
+  return t;
+}
+TILEWISE_INLINE Table8 scaled(Table8 t, float factor) {
+#if defined(__AVX512F__)
+  return {_mm512_mul_ps(t.entries, _mm512_set1_ps(factor))};
+#elif defined(__AVX2__)
+  return {_mm256_mul_ps(t.entries, _mm256_set1_ps(factor))};
+#else
+  for (float& entry : t.entries) entry *= factor;
+  return t;
+#endif
+}
+
+template <bool kSigned>
+struct Book {
+  static constexpr Book8 book = kSigned ? kSignedBook8 : kUnsignedBook8;
+  static constexpr Floats8 factor = column(book.search, &SearchEntry::factor);
+  static constexpr Floats8 offset = column(book.search, &SearchEntry::offset);
+  static constexpr Floats8 last = column(book.search, &SearchEntry::last);
+  static constexpr Floats8 border = column(book.search, &SearchEntry::border);
+  static constexpr Floats8 value_offset = column(book.value, &ValueEntry::offset);
+  static constexpr Floats8 unit = column(book.value, &ValueEntry::unit);
+};
+
+// ---- codes of a vector's elements, a byte each ----
+TILEWISE_INLINE VF load_codes(const uint8_t* codes) {
+#if defined(__AVX512F__)
+  return (VF)_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes))));
+#elif defined(__AVX2__)
+  return (VF)_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes))));
+#else
+  return VF{float(codes[0]), float(codes[1]), float(codes[2]), float(codes[3])};
+#endif
+}
+
+// Codes -1..255 (-1 saturates to 0) of four vectors.
+TILEWISE_INLINE void store_codes(const VI (&c)[4], uint8_t* codes) {
+#if defined(__AVX2__)
+  const VI mixed = saturate_to_u8(saturate_to_u16(c[0], c[1]), saturate_to_u16(c[2], c[3]));
+#if defined(__AVX512F__)  // 4 bytes of every vector in each 16
+  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  _mm512_storeu_si512(codes, _mm512_permutexvar_epi32(order, (__m512i)mixed));
+#else
+  const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes), _mm256_permutevar8x32_epi32((__m256i)mixed, order));
+#endif
+#else
+  for (int i = 0; i < 4 * W; i++) codes[i] = uint8_t(max_of(c[i / W][i % W], 0));
+#endif
+}
+
+// ---- decoding: the octave of the ordinal gives the decade ----
+template <bool kSigned>
+TILEWISE_INLINE void decode8(const uint8_t* codes, float factor, BlockValues& x) {
+  const Table8 offsets = table_of(Book<kSigned>::value_offset), units = scaled(table_of(Book<kSigned>::unit), factor);
+#pragma GCC unroll 16
+  for (int i = 0; i < kVectors; i++) {
+    const VF code = load_codes(codes + i * W), from_zero = code - 127;
+    const VF half_up = kSigned ? abs(from_zero) + .5f : code + 1.5f;  // ordinal + 1/2
+    const VI octave = (VI)((VU)half_up >> 23);
+    const VF value = max(18 * half_up + look_up(offsets, octave), set1(0)) * look_up(units, octave);
+    x[i] = kSigned ? (VF)((VI)value ^ ((VI)from_zero & INT32_MIN)) : value;
+  }
+}
+
+// ---- encoding ----
+// -1 where a * b > c * d in the reals; the two are nearly equal, or one is far above the other.
+TILEWISE_INLINE VI product_above(VF a, VF b, VF c, VF d) {
+#if defined(__AVX512F__)
+  const __m512 product = (__m512)(a * b), rest = _mm512_fnmadd_ps((__m512)a, (__m512)b, product);
+  return (VI)_mm512_movm_epi32(_mm512_cmp_ps_mask(_mm512_fnmadd_ps((__m512)c, (__m512)d, product), rest, _CMP_GT_OQ));
+#elif defined(__AVX2__)
+  const __m256 product = (__m256)(a * b), rest = _mm256_fnmadd_ps((__m256)a, (__m256)b, product);
+  return (VI)_mm256_cmp_ps(_mm256_fnmadd_ps((__m256)c, (__m256)d, product), rest, _CMP_GT_OQ);
+#else
+  VI above;
+  for (int lane = 0; lane < W; lane++) above[lane] = -(double(a[lane]) * b[lane] > double(c[lane]) * d[lane]);
+  return above;
+#endif
+}
+
+struct Scale8 {
+  VF scale, inverse;  // in units of book.scale_factor
+
+  TILEWISE_INLINE Scale8(float block_scale, const Book8& book)
+      : scale(set1(block_scale * book.scale_factor)), inverse(set1(1 / (block_scale * book.scale_factor))) {}
+};
+
+// The ordinals of magnitudes.
+template <bool kSigned>
+TILEWISE_INLINE VI ordinals(VF a, const Scale8& s) {
+  using B = Book<kSigned>;
+  constexpr Book8 book = B::book;
+  constexpr float kPerClass = float(0x1p-23 / book.width), kStart = float(book.start / book.width);
+  const VF y = min(a * s.inverse + book.least, set1(book.most));
+  const VI index = __builtin_convertvector(__builtin_convertvector((VI)y, VF) * kPerClass - kStart, VI);
+  // The ordinal below the nearest midpoint, roughly; where that may be wrong, x is at a value, far from midpoints.
+  const VF factor = look_up(table_of(B::factor), index), offset = look_up(table_of(B::offset), index);
+  const VF last = look_up(table_of(B::last), index);
+  const VF biased = min((factor * a * s.inverse - offset) * (1.f / 9) + kRoundBias, last);
+  const VF inner = (biased - kRoundBias) * 9 + offset;
+  const VF midpoint = select(biased == last, look_up(table_of(B::border), index), inner);
+  return (VI)biased - (VI)set1(kRoundBias) - product_above(factor, a, midpoint, s.scale);
+}
+
+template <bool kSigned>
+TILEWISE_INLINE void encode8(const BlockValues& x, float block_scale, uint8_t* codes) {
+  const Scale8 s(block_scale, Book<kSigned>::book);
+#pragma GCC unroll 4
+  for (int i = 0; i < kVectors; i += 4) {
+    VI c[4];
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; j++) {
+      const VI n = ordinals<kSigned>(kSigned ? abs(x[i + j]) : x[i + j], s), sign = (VI)x[i + j] >> 31;
+      c[j] = kSigned ? (n ^ sign) - sign + 127 : n - 1;
+    }
+    store_codes(c, codes + i * W);
+  }
+}
+
+// As Codec4.
+struct Codec8 {
+  static constexpr int kBits = 8, kPieces = 2, kElements = kPieces * kBlock;
+  static constexpr int kPieceBytes = kBlock, kBytes = kPieces * kPieceBytes;
+  static constexpr float kMinSigned = kMinScale8, kMinUnsigned = kMinScale8;
+
+  TILEWISE_INLINE static void decode_signed(const uint8_t* codes, float factor, BlockValues& x) {
+    decode8<true>(codes, factor, x);
+  }
+  TILEWISE_INLINE static void decode_unsigned(const uint8_t* codes, float factor, BlockValues& x) {
+    decode8<false>(codes, factor, x);
+  }
+  TILEWISE_INLINE static void encode_signed(const BlockValues& x, float scale, uint8_t* codes) {
+    encode8<true>(x, scale, codes);
+  }
+  TILEWISE_INLINE static void encode_unsigned(const BlockValues& x, float scale, uint8_t* codes) {
+    encode8<false>(x, scale, codes);
+  }
+};
+
+}  // namespace
+}  // namespace tilewise
