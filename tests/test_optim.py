@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 import tilewise as tw
 from harness.emulation import assert_schedules_agree
 from harness.judge import assert_accurate, draws, yardsticks
+from tilewise import _C
 from tilewise.reference import optim as reference
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
@@ -347,9 +348,10 @@ def test_schedules(device):
 def test_opcheck():
     columns = [list(c) for c in zip(*[make_slot((n,), torch.float32, torch.float32) for n in (200, 5)], strict=True)]
     torch.library.opcheck(adamw_step.default, (*columns, 1e-3, 0.9, 0.999, 1e-8, 1e-2, False))
-    torch.library.opcheck(torch.ops.tilewise.quantize_state.default, (torch.randn(300), True))
-    codes, scales = tw.optim.quantize_state(torch.randn(300), signed=False)
-    torch.library.opcheck(torch.ops.tilewise.dequantize_state.default, (codes, scales, [300], False))
+    for bits in (4, 8):
+        torch.library.opcheck(torch.ops.tilewise.quantize_state.default, (torch.randn(300), True, bits))
+        codes, scales = tw.optim.quantize_state(torch.randn(300), signed=False, bits=bits)
+        torch.library.opcheck(torch.ops.tilewise.dequantize_state.default, (codes, scales, [300], False, bits))
 
 
 def test_step_bumps_versions():
@@ -409,6 +411,27 @@ def test_wrong_quantize_arguments(device):
         tw.optim.dequantize_state(codes, scales[:2], (300,), signed=True)
     with pytest.raises(TypeError, match="dequantize_state: scales"):
         tw.optim.dequantize_state(codes, scales.half(), (300,), signed=True)
+
+
+def test_wrong_bits(device):
+    x = torch.randn(300, device=device.torch)
+    codes, scales = tw.optim.quantize_state(x, signed=True, bits=8)
+    for bits in (0, 5, -8, 32):
+        with pytest.raises(ValueError, match=f"^quantize_state: bits is {bits}, expected 4 or 8"):
+            tw.optim.quantize_state(x, signed=True, bits=bits)
+        with pytest.raises(ValueError, match=f"^dequantize_state: bits is {bits}, expected 4 or 8"):
+            tw.optim.dequantize_state(codes, scales, (300,), signed=True, bits=bits)
+        with pytest.raises(ValueError, match=f"^quantize_state: bits is {bits}, expected 4 or 8"):
+            _C.quantize_state(x, codes, scales, True, bits)  # as callers in C++
+    for bits in ("8", 8.0, None, True):
+        with pytest.raises(TypeError, match="^quantize_state: bits is"):
+            tw.optim.quantize_state(x, signed=True, bits=bits)
+    with pytest.raises(ValueError, match="^dequantize_state: codes has shape"):
+        tw.optim.dequantize_state(codes, scales, (300,), signed=True)  # codes of 8 bits read as 4
+    with pytest.raises(ValueError, match="^dequantize_state: codes has shape"):
+        tw.optim.dequantize_state(codes[:, :64], scales[:1], (512,), signed=True, bits=8)
+    with pytest.raises(ValueError, match="^quantize_state: codes is not aligned"):
+        _C.quantize_state(x, codes.new_zeros(513)[1:].view(2, 256), scales, True, 8)
 
 
 numbers = st.sampled_from([0.0, 1e-3, 0.9, 1.0, -1.0, float("nan"), float("inf"), 1e30])

@@ -29,7 +29,9 @@ struct ValueEntry {
   float unit;    // u
 };
 
-constexpr float kRoundBias = 12582912.f;  // 1.5 * 2^23: added to a float, it leaves the nearest integer in the low bits
+// 1.5 * 2^23: added to a float, it leaves the nearest integer in the low bits.
+constexpr float kRoundBias = 12582912.f;
+constexpr int kRoundBiasBits = 0x4b400000;
 
 // The class of y = magnitude / scale is floor((log2 y - edge) / width) + 8. Its borders need only lie somewhere between
 // the midpoints before and after the first value of a decade, so the logarithm is read off the bits of the float:

@@ -10,4 +10,7 @@ FACTS = {
     "AdamWStep<.*fp16, .*fp16>": _STEP,
     "Quantize": {"LDL|STL": 0, "LDG.*128": ">=8", "STG.*128": ">=1"},
     "Dequantize": {"LDL|STL": 0, "LDG.*128": ">=1", "STG.*128": ">=8"},
+    # 8 bits: two 16-byte accesses to a lane's codes, one look-up per element and book.
+    "Quantize<.*Codec8>": {"STG.*128": ">=2", "LDS.*128": "==64"},
+    "Dequantize<.*Codec8>": {"LDG.*128": ">=2", "LDS.*64": "==64"},
 }

@@ -111,18 +111,28 @@ TILEWISE_INLINE void decode8(const uint8_t* codes, float factor, BlockValues& x)
 }
 
 // ---- encoding ----
-// -1 where a * b > c * d in the reals; the two are nearly equal, or one is far above the other.
-TILEWISE_INLINE VI product_above(VF a, VF b, VF c, VF d) {
+// v + 1 where a * b > c * d in the reals; the two are nearly equal, or one is far above the other.
+TILEWISE_INLINE VI count_above(VI v, VF a, VF b, VF c, VF d) {
 #if defined(__AVX512F__)
   const __m512 product = (__m512)(a * b), rest = _mm512_fnmadd_ps((__m512)a, (__m512)b, product);
-  return (VI)_mm512_movm_epi32(_mm512_cmp_ps_mask(_mm512_fnmadd_ps((__m512)c, (__m512)d, product), rest, _CMP_GT_OQ));
+  const __mmask16 above = _mm512_cmp_ps_mask(_mm512_fnmadd_ps((__m512)c, (__m512)d, product), rest, _CMP_GT_OQ);
+  return (VI)_mm512_mask_add_epi32((__m512i)v, above, (__m512i)v, _mm512_set1_epi32(1));
 #elif defined(__AVX2__)
   const __m256 product = (__m256)(a * b), rest = _mm256_fnmadd_ps((__m256)a, (__m256)b, product);
-  return (VI)_mm256_cmp_ps(_mm256_fnmadd_ps((__m256)c, (__m256)d, product), rest, _CMP_GT_OQ);
+  return v - (VI)_mm256_cmp_ps(_mm256_fnmadd_ps((__m256)c, (__m256)d, product), rest, _CMP_GT_OQ);
 #else
-  VI above;
-  for (int lane = 0; lane < W; lane++) above[lane] = -(double(a[lane]) * b[lane] > double(c[lane]) * d[lane]);
-  return above;
+  for (int lane = 0; lane < W; lane++) v[lane] += double(a[lane]) * b[lane] > double(c[lane]) * d[lane];
+  return v;
+#endif
+}
+
+// Codes from those of the magnitudes: mirrored about zero where x is negative.
+TILEWISE_INLINE VI with_sign_of(VF x, VI codes) {
+#if defined(__AVX512F__)
+  const __mmask16 negative = _mm512_movepi32_mask((__m512i)x);
+  return (VI)_mm512_mask_sub_epi32((__m512i)codes, negative, _mm512_set1_epi32(2 * 127), (__m512i)codes);
+#else
+  return select((VI)x < 0, 2 * 127 - codes, codes);
 #endif
 }
 
@@ -133,9 +143,9 @@ struct Scale8 {
       : scale(set1(block_scale * book.scale_factor)), inverse(set1(1 / (block_scale * book.scale_factor))) {}
 };
 
-// The ordinals of magnitudes.
+// The codes of magnitudes.
 template <bool kSigned>
-TILEWISE_INLINE VI ordinals(VF a, const Scale8& s) {
+TILEWISE_INLINE VI magnitude_codes(VF a, const Scale8& s) {
   using B = Book<kSigned>;
   constexpr Book8 book = B::book;
   constexpr float kPerClass = float(0x1p-23 / book.width), kStart = float(book.start / book.width);
@@ -147,7 +157,8 @@ TILEWISE_INLINE VI ordinals(VF a, const Scale8& s) {
   const VF biased = min((factor * a * s.inverse - offset) * (1.f / 9) + kRoundBias, last);
   const VF inner = (biased - kRoundBias) * 9 + offset;
   const VF midpoint = select(biased == last, look_up(table_of(B::border), index), inner);
-  return (VI)biased - (VI)set1(kRoundBias) - product_above(factor, a, midpoint, s.scale);
+  constexpr int kFirst = kRoundBiasBits - (book.zero_code - book.zero_ordinal);
+  return count_above((VI)biased - kFirst, factor, a, midpoint, s.scale);
 }
 
 template <bool kSigned>
@@ -158,8 +169,9 @@ TILEWISE_INLINE void encode8(const BlockValues& x, float block_scale, uint8_t* c
     VI c[4];
 #pragma GCC unroll 4
     for (int j = 0; j < 4; j++) {
-      const VI n = ordinals<kSigned>(kSigned ? abs(x[i + j]) : x[i + j], s), sign = (VI)x[i + j] >> 31;
-      c[j] = kSigned ? (n ^ sign) - sign + 127 : n - 1;
+      const VF value = x[i + j];
+      c[j] = magnitude_codes<kSigned>(kSigned ? abs(value) : value, s);
+      if (kSigned) c[j] = with_sign_of(value, c[j]);
     }
     store_codes(c, codes + i * W);
   }

@@ -114,7 +114,7 @@ struct Encoder8 {
     const float midpoint = biased == last ? bits_f32(words.w) : inner;
     // factor a > midpoint scale, both less the rounded product.
     const bool above = fmaf(-midpoint, scale, product) > fmaf(-factor, a, product);
-    const int ordinal = static_cast<int>(f32_bits(biased) - 0x4b400000u) + above;
+    const int ordinal = static_cast<int>(f32_bits(biased)) - kRoundBiasBits + above;
     if constexpr (!kSigned) return ordinal - 1;
     if (x < 0) return ordinal < 128 ? 127 - ordinal : 0;
     return 127 + ordinal;

@@ -1,9 +1,10 @@
 """Block-wise quantisation of optimizer states to 4 or 8 bits.
 
 A 4-bit state of n elements has B = ceil(n / 128) blocks of consecutive (row-major) elements; each block is 64 bytes of
-codes and one float32 scale, its largest magnitude. Signed states (first moments) use the dynamic-exponent code book, unsigned
-ones (second moments) ((i + 1) / 16)^4: no zero, because a zero denominator makes training unstable, and a range of
-2^16, because the second moments of a block lie that far apart and those taken too large slow their parameters down.
+codes and one float32 scale, its largest magnitude. Signed states (first moments) use the dynamic-exponent code book,
+unsigned ones (second moments) ((i + 1) / 16)^4: no zero, because a zero denominator makes training unstable, and a
+range of 2^16, because the second moments of a block lie that far apart and those taken too large slow their parameters
+down.
 B. Li, J. Chen, J. Zhu, *Memory Efficient Optimizers with 4-bit States*, NeurIPS 2023 (there the second code book is
 linear, under finer normalisation).
 
