@@ -1,4 +1,9 @@
-"""AdamW with 4-bit states against torch's fused AdamW: the same parameters, gradients and options, one step."""
+"""AdamW with 4-bit states against torch's fused AdamW: the same parameters, gradients and options, one step.
+
+Quantisation by itself beside a copy of the float32 values: torch has nothing like it.
+"""
+
+import functools
 
 import torch
 
@@ -25,6 +30,24 @@ def _case(name, device, dtype, count, target, **options):
     return Case(name, tilewise_step, torch_step, bytes=least, target=target)
 
 
+def _codec_cases(device, count, bits):
+    values = torch.randn(count, device=device)
+    target = torch.empty_like(values)
+    codes, scales = optim.quantize_state(values, signed=True, bits=bits)
+    least = values.nbytes + codes.nbytes + scales.nbytes
+    copy = functools.partial(target.copy_, values)
+    label = f"{bits}-bit {count // 1_000_000}M over copy"
+    return [
+        Case(f"quantize {label}", lambda: optim.quantize_state(values, signed=True, bits=bits), copy, bytes=least),
+        Case(
+            f"dequantize {label}",
+            lambda: optim.dequantize_state(codes, scales, (count,), signed=True, bits=bits),
+            copy,
+            bytes=least,
+        ),
+    ]
+
+
 def cases(device: torch.device) -> list[Case]:
     """50M parameters in 150 tensors (1e9 on CUDA), and the tensors of a small model."""
     count = 1_000_000_000 if device.type == "cuda" else 50_000_000
@@ -34,4 +57,6 @@ def cases(device: torch.device) -> list[Case]:
         _case(f"AdamW 4-bit bfloat16 {label}", device, torch.bfloat16, count, 1.5),
         _case("AdamW 4-bit float32 1M in 150 tensors", device, torch.float32, 1_000_000, None),
         _case(f"AdamW 32-bit float32 {label}", device, torch.float32, count, None, state_bits=32),
+        *_codec_cases(device, 16_000_000, 4),
+        *_codec_cases(device, 16_000_000, 8),
     ]
