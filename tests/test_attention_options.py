@@ -169,7 +169,7 @@ def test_philox_vectors():
         ),
     }
     for (*counter, k0, k1), expected in known.items():
-        words = philox._words([torch.tensor(c) for c in counter], (k0, k1))
+        words = philox.words([torch.tensor(c) for c in counter], (k0, k1))
         assert tuple(int(w) for w in words) == expected
 
 

@@ -1,4 +1,6 @@
 // Python names of the family's functions; no logic.
+#include <array>
+
 #include "binding/families.h"
 #include "binding/tensor_caster.h"
 #include "common/check.h"
@@ -9,34 +11,87 @@ namespace py = pybind11;
 namespace tilewise {
 namespace {
 
-using Tensors = std::vector<PyTensor>;
+// The columns of OptimizerSlot, as Python passes them; a column may be empty where no slot has such a tensor.
+struct Columns {
+  Tensors params, grads, first, first_scales, second, second_scales, residuals, steps;
+  std::vector<int64_t> rows, streams;
 
-void check_lengths(size_t expected, std::initializer_list<std::pair<const char*, const Tensors*>> lists) {
-  for (const auto& [name, list] : lists)
-    Check("adamw_step")
-        .that(list->size() == expected, name, "has %zu tensors, expected %zu (params')", list->size(), expected);
+  template <class List>
+  void check_length(const List& list, const char* name, bool optional) const {
+    Check("optimizer_step")
+        .that(list.size() == params.size() || (optional && list.empty()), name,
+              "has %zu entries, expected %zu (params')", list.size(), params.size());
+  }
+
+  std::vector<OptimizerSlot> slots() const {
+    check_length(grads, "grads", false);
+    check_length(steps, "steps", false);
+    for (const auto& [list, name] :
+         {std::pair(&first, "first"), std::pair(&first_scales, "first_scales"), std::pair(&second, "second"),
+          std::pair(&second_scales, "second_scales"), std::pair(&residuals, "residuals")})
+      check_length(*list, name, true);
+    check_length(rows, "rows", true);
+    check_length(streams, "streams", true);
+    const auto at = [](const auto& list, size_t i) {
+      return i < list.size() ? list[i] : typename std::decay_t<decltype(list)>::value_type{};
+    };
+    std::vector<OptimizerSlot> out;
+    for (size_t i = 0; i < params.size(); i++)
+      out.push_back({params[i], grads[i], at(first, i), at(first_scales, i), at(second, i), at(second_scales, i),
+                     at(residuals, i), steps[i], at(rows, i), at(streams, i)});
+    return out;
+  }
+};
+
+OptimizerRule rule_of(const std::string& name) {
+  constexpr const char* names[] = {"adam", "sgd", "lion", "rmsprop", "adagrad"};
+  for (int i = 0; i < 5; i++)
+    if (name == names[i]) return static_cast<OptimizerRule>(i);
+  throw Error(ErrorKind::value, "optimizer_step: rule is " + name + ", expected adam, sgd, lion, rmsprop or adagrad");
 }
 
-void adamw_step_lists(const Tensors& params, const Tensors& grads, const Tensors& exp_avgs, const Tensors& exp_avg_sqs,
-                      const Tensors& scales, const Tensors& steps, double lr, double beta1, double beta2, double eps,
-                      double weight_decay, bool maximize) {
-  check_lengths(params.size(), {{"grads", &grads},
-                                {"exp_avgs", &exp_avgs},
-                                {"exp_avg_sqs", &exp_avg_sqs},
-                                {"scales", &scales},
-                                {"steps", &steps}});
-  std::vector<AdamWSlot> slots(params.size());
-  for (size_t i = 0; i < slots.size(); i++)
-    slots[i] = {params[i], grads[i], exp_avgs[i], exp_avg_sqs[i], scales[i], steps[i]};
-  void* stream = params.empty() ? nullptr : params[0].stream();
-  const py::gil_scoped_release release;
-  adamw_step(slots.data(), slots.size(), {lr, beta1, beta2, eps, weight_decay, maximize}, stream);
+// `numbers` and `flags` in the order of OptimizerOptions' fields.
+OptimizerOptions options_of(const std::string& rule, const std::array<double, 7>& numbers,
+                            const std::array<bool, 5>& flags, int64_t seed,
+                            const std::array<OptionalTensor, 4>& tensors) {
+  OptimizerOptions o;
+  o.rule = rule_of(rule);
+  size_t i = 0, j = 0, k = 0;
+  for (double* field : {&o.lr, &o.beta1, &o.beta2, &o.eps, &o.weight_decay, &o.dampening, &o.lr_decay})
+    *field = numbers[i++];
+  for (bool* field : {&o.decoupled_weight_decay, &o.nesterov, &o.maximize, &o.stochastic_rounding, &o.capturable})
+    *field = flags[j++];
+  o.seed = seed;
+  for (Tensor* field : {&o.lr_tensor, &o.found_inf, &o.grad_scale, &o.workspace}) {
+    if (tensors[k]) *field = *tensors[k];
+    k++;
+  }
+  return o;
 }
 
 }  // namespace
 
 void bind_optim(py::module_& m) {
-  m.def("adamw_step", &adamw_step_lists);
+  m.def("optimizer_workspace", [](int64_t numel, int64_t rows) {
+    OptimizerSlot slot;
+    slot.param = Tensor(nullptr, DType::f32, {numel});
+    slot.rows = rows;
+    return optimizer_workspace(&slot, 1);
+  });
+  m.def("optimizer_step", [](Tensors params, Tensors grads, Tensors first, Tensors first_scales, Tensors second,
+                             Tensors second_scales, Tensors residuals, Tensors steps, std::vector<int64_t> rows,
+                             std::vector<int64_t> streams, const std::string& rule,
+                             const std::array<double, 7>& numbers, const std::array<bool, 5>& flags, int64_t seed,
+                             const std::array<OptionalTensor, 4>& tensors) {
+    const Columns columns = {std::move(params), std::move(grads),         std::move(first),     std::move(first_scales),
+                             std::move(second), std::move(second_scales), std::move(residuals), std::move(steps),
+                             std::move(rows),   std::move(streams)};
+    const OptimizerOptions options = options_of(rule, numbers, flags, seed, tensors);
+    void* stream = columns.params.empty() ? nullptr : columns.params[0].stream();
+    const py::gil_scoped_release release;
+    const std::vector<OptimizerSlot> slots = columns.slots();
+    optimizer_step(slots.data(), slots.size(), options, stream);
+  });
   m.def("quantize_state",
         [](const PyTensor& values, const PyTensor& codes, const PyTensor& scales, bool is_signed, int bits) {
           void* stream = values.stream();

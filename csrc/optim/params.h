@@ -44,29 +44,80 @@ constexpr float kMinSignedScale = 0x1p-78f, kMinUnsignedScale = 0x1p-86f;
 
 enum class Float : uint8_t { f32, bf16, f16 };
 
-struct AdamWTensor {
-  void* param;       // [n] param_type
-  const void* grad;  // [n] grad_type
-  void* exp_avg;     // [blocks, 64] signed codes; with 32-bit states [n] f32
-  void* exp_avg_sq;  // [blocks, 64] unsigned codes; with 32-bit states [n] f32
-  float* scales;     // [blocks, 2] of exp_avg, exp_avg_sq; null with 32-bit states
-  int64_t n;
-  int64_t first_block;    // in the numbering of all tensors' blocks
-  float step_size;        // lr / (1 - beta1^t)
+// ---- one step of many tensors ----
+
+// The tensors of a step are cut into chunks of so many elements, numbered through: the unit of work. It is a multiple
+// of every block.
+constexpr int kChunk = 8192;
+
+// How an update uses the moments; rmsprop and adagrad are both `rms` (formulas: tilewise/optim.h).
+enum class Rule : uint8_t { adam, rms, momentum, lion };
+enum class Format : uint8_t { none, f32, bits8, bits4, rank1, factored };
+
+struct Moment {
+  void* values;   // f32 [n], codes, or null
+  float* scales;  // of blocks, or of rows and columns, or null
+  Format format;
+};
+
+// What differs between tensors: their step counts may.
+struct TensorConstants {
+  float step_size;        // lr, with adam's first bias correction or adagrad's decay
   float inv_correction2;  // 1 / sqrt(1 - beta2^t)
+  float decay;            // 1 - lr * weight_decay where decoupled, else 1
+  float grad_weight;      // of g in the first moment
+};
+
+struct StepTensor {
+  void* param;        // [n] param_type
+  const void* grad;   // [n] grad_type
+  int16_t* residual;  // [n] or null: float32 bits of the master = (bits of the bf16 param << 16) + residual
+  Moment first, second;
+  float* step;       // read (and incremented) only where StepParams::device says so
+  float* workspace;  // rank1 and factored: workspace_floats(rows, columns)
+  int64_t n, rows, columns;
+  int64_t first_chunk;
+  uint32_t stream;
+  uint32_t step_number;  // this step's, from 1, for random numbers; not set where the device reads `step`
+  TensorConstants k;
   Float param_type, grad_type;
 };
 
-struct AdamWParams {
-  const AdamWTensor* tensors;  // [count], in host memory
-  int64_t count;
-  int64_t blocks;  // of all tensors
-  float beta1, beta2;
-  float grad_weight;    // 1 - beta1, negated to maximise
-  float square_weight;  // 1 - beta2
-  float decay;          // 1 - lr * weight_decay
-  float eps;
+// Scalars that only the device knows, and what it needs to compute TensorConstants from them.
+struct DeviceScalars {
+  bool steps;                                             // read StepTensor::step; increment it at the end
+  const float *lr, *found_inf, *grad_scale;               // each may be null
+  float lr_value;                                         // where lr is null
+  float decoupled_decay, lr_decay, log_beta1, log_beta2;  // beta^t = exp(t log_beta)
+  bool correct_bias;                                      // adam
+  float first_grad_weight;                                // TensorConstants::grad_weight at the first step
 };
+
+struct StepParams {
+  const StepTensor* tensors;  // [count], in host memory
+  int64_t count;
+  int64_t chunks;  // of all tensors
+  Rule rule;
+  float beta1, beta2;
+  float grad_weight;    // of g in the first moment
+  float square_weight;  // of g^2 in the second moment; lion: of g in the moment that is kept
+  float l2;             // g = grad_factor * grad + l2 * p
+  float grad_factor;
+  float eps;
+  bool nesterov, stochastic_rounding, structured;  // structured: some second moment is rank1 or factored
+  uint32_t seed;
+  DeviceScalars device;
+};
+
+// Statistics of rows and columns are partial sums (or maxima) of tiles of so many rows and columns, added in order:
+// the same whatever the number of threads. [row_tiles, columns], then [column_tiles, rows], then the new scales
+// [rows + columns] and 1 / mean(row).
+constexpr int kTileRows = 256, kTileColumns = 1024;
+constexpr int64_t workspace_floats(int64_t rows, int64_t columns) {
+  const int64_t row_tiles = (rows + kTileRows - 1) / kTileRows;
+  const int64_t column_tiles = (columns + kTileColumns - 1) / kTileColumns;
+  return row_tiles * columns + column_tiles * rows + rows + columns + 1;
+}
 
 // Block-wise quantisation by itself: what a step does to its moments, and back.
 struct CodecParams {
@@ -80,7 +131,7 @@ struct CodecParams {
 
 // The family's kernels on one machine; null = not available there.
 struct Kernels {
-  KernelFn<AdamWParams> adamw_step;
+  KernelFn<StepParams> step;
   KernelFn<CodecParams> quantize;
   KernelFn<CodecParams> dequantize;
 };

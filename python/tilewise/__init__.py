@@ -2,7 +2,7 @@
 
 import torch as _torch  # noqa: F401  (first: the core looks for torch's thread team when it is loaded)
 
-from tilewise import _C, block_sparsity, compat, distributed, optim, packing, reference, rope, speculative
+from tilewise import _C, block_sparsity, compat, distributed, nn, optim, packing, reference, rope, speculative
 from tilewise.attention import (
     BlockMask,
     KVCache,
@@ -40,6 +40,7 @@ __all__ = [
     "lm_infinite_attention",
     "matmul",
     "merge_attention",
+    "nn",
     "optim",
     "packing",
     "paged_attention",

@@ -203,6 +203,21 @@ TILEWISE_INLINE void encode_unsigned(const BlockValues& x, float scale, uint8_t*
   pack(c, codes);
 }
 
+// The same where every value has a scale of its own; x - midpoint * scale rounds once, so its sign is exact.
+TILEWISE_INLINE void encode_unsigned(const BlockValues& x, const BlockValues& scales, uint8_t* codes) {
+  VI c[kVectors];
+#pragma GCC unroll 8
+  for (int i = 0; i < kVectors; i++) {
+    const VF share = x[i] / scales[i] * kRootRange, unit = scales[i] * kFourthPowerUnit;
+    const __m512i bin = _mm512_cvttps_epi32(_mm512_rsqrt14_ps(_mm512_rsqrt14_ps((__m512)share)));
+    const VF midpoint = midpoint_of_fourth_powers(__builtin_convertvector((VI)bin, VF));
+    const __m512 beyond = _mm512_fnmadd_ps((__m512)midpoint, (__m512)unit, (__m512)x[i]);
+    const __mmask16 below = _mm512_cmp_ps_mask(beyond, _mm512_setzero_ps(), _CMP_LE_OQ);
+    c[i] = (VI)_mm512_mask_sub_epi32(bin, below, bin, _mm512_set1_epi32(1));
+  }
+  pack(c, codes);
+}
+
 #else  // AVX2
 
 TILEWISE_INLINE void decode_unsigned(const uint8_t* codes, float factor, BlockValues& x) {
@@ -241,17 +256,24 @@ TILEWISE_INLINE void encode_signed(const BlockValues& x, float scale, uint8_t* c
 }
 
 // The bin b = floor(16 root) of the fourth root holds the one midpoint between codes b - 1 and b, far from its edges.
-// The fused x - midpoint rounds once, so its sign is exact.
+// The fused x - midpoint * unit rounds once, so its sign is exact.
+TILEWISE_INLINE VI unsigned_code(VF x, VF inverse, VF unit) {
+  const VI bin = __builtin_convertvector((VF)_mm256_rsqrt_ps(_mm256_rsqrt_ps((__m256)(x * inverse))), VI);
+  const VF midpoint = midpoint_of_fourth_powers(__builtin_convertvector(bin, VF));
+  const VF beyond = (VF)_mm256_fnmadd_ps((__m256)midpoint, (__m256)unit, (__m256)x);
+  return bin - 1 - (beyond > set1(0));
+}
 TILEWISE_INLINE void encode_unsigned(const BlockValues& x, float scale, uint8_t* codes) {
   const VF inverse = set1(kRootRange / scale), unit = set1(scale * kFourthPowerUnit);
   VI c[kVectors];
 #pragma GCC unroll 16
-  for (int i = 0; i < kVectors; i++) {
-    const VI bin = __builtin_convertvector((VF)_mm256_rsqrt_ps(_mm256_rsqrt_ps((__m256)(x[i] * inverse))), VI);
-    const VF midpoint = midpoint_of_fourth_powers(__builtin_convertvector(bin, VF));
-    const VF beyond = (VF)_mm256_fnmadd_ps((__m256)midpoint, (__m256)unit, (__m256)x[i]);
-    c[i] = bin - 1 - (beyond > set1(0));
-  }
+  for (int i = 0; i < kVectors; i++) c[i] = unsigned_code(x[i], inverse, unit);
+  pack(c, codes);
+}
+TILEWISE_INLINE void encode_unsigned(const BlockValues& x, const BlockValues& scales, uint8_t* codes) {
+  VI c[kVectors];
+#pragma GCC unroll 16
+  for (int i = 0; i < kVectors; i++) c[i] = unsigned_code(x[i], kRootRange / scales[i], scales[i] * kFourthPowerUnit);
   pack(c, codes);
 }
 
@@ -311,6 +333,21 @@ inline void encode_unsigned(const BlockValues& x, float scale, uint8_t* codes) {
     VI code = {};
     for (int t = 1; t < 16; t++) code -= x[i] > set1(thresholds[t]);
     c[i] = code;
+  }
+  pack(c, codes);
+}
+
+inline void encode_unsigned(const BlockValues& x, const BlockValues& scales, uint8_t* codes) {
+  VI c[kVectors];
+  for (int i = 0; i < kVectors; i++) {
+    for (int lane = 0; lane < W; lane++) {
+      c[i][lane] = 0;
+      for (int t = 1; t < 16; t++) {
+        const double midpoint =
+            double(midpoint_of_fourth_powers(float(t))) * double(scales[i][lane] * kFourthPowerUnit);
+        c[i][lane] += double(x[i][lane]) > midpoint;
+      }
+    }
   }
   pack(c, codes);
 }

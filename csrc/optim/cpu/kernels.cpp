@@ -1,11 +1,11 @@
 // CPU kernels of the family, compiled once per instruction set (rules: common/isa.h).
 #include "common/isa.h"
-#include "optim/cpu/adamw.h"
 #include "optim/cpu/quantize.h"
+#include "optim/cpu/step.h"
 #include "optim/params.h"
 
 extern "C" const tilewise::optim::Kernels TILEWISE_ISA_TABLE(optim) = {
-    &tilewise::adamw_step,
+    &tilewise::step,
     &tilewise::quantize,
     &tilewise::dequantize,
 };

@@ -5,12 +5,10 @@
 //          of eight words, in four chunks; before the store the two exchange halves.
 // Either way a lane stores words 4 part .. 4 part + 3, and every access to codes or data is 16 bytes.
 #pragma once
+#include "optim/cuda/runs.h"
 #include "optim/params.h"
-#include "simt/simt.h"
 
 namespace tilewise::optim {
-
-using namespace simt;
 
 constexpr int kLaneElements = 32;
 constexpr int kQuad = kBlock / kLaneElements;
@@ -98,8 +96,10 @@ struct SignedCodec {
 struct UnsignedCodec {
   float unit, inverse;
 
-  // The range a little below 2^16 keeps the fourth root of the scale itself below 16, roughly as it is taken.
-  SIMT_DEVICE explicit UnsignedCodec(float scale) : unit(scale * kFourthPowerUnit), inverse(65000.f / scale) {}
+  // The range a little below 2^16 keeps the fourth root of the scale itself below 16, roughly as it is taken. (The
+  // reciprocal of the unit, unlike that of the scale, is never subnormal.)
+  SIMT_DEVICE explicit UnsignedCodec(float scale)
+      : unit(scale * kFourthPowerUnit), inverse(65000.f / 65536 * rcp_approx(unit)) {}
   // The bin b = floor(fourth root) holds the one midpoint (b^2 + b + 1)^2 - 1/2, between codes b - 1 and b; near a
   // bin's edge either bin gives the same code. Adding 1.5 * 2^23 leaves the rounded integer in the low bits.
   SIMT_DEVICE uint32_t encode(float x) const {
@@ -191,76 +191,6 @@ SIMT_DEVICE void encode_lane(typename Lane::Codes& codes, const Lane& lane, cons
 #pragma unroll
     for (int i = 0; i < Lane::kRun; i++) lane.put(codes, c, i, encoder.encode(x[c][i]));
   }
-}
-
-// ---- Run elements of T, in one access where that is aligned and inside the n elements; missing ones read as zero ----
-template <class T>
-SIMT_DEVICE float widen(T v) {
-  if constexpr (is_same_v<T, float>)
-    return v;
-  else
-    return to_f32(v);
-}
-template <class T>
-SIMT_DEVICE T narrow(float v) {
-  if constexpr (is_same_v<T, float>)
-    return v;
-  else
-    return from_f32<T>(v);
-}
-
-template <class T, int Run>
-SIMT_DEVICE void unpack_run(float (&x)[Run], const uint32_t (&words)[Run * sizeof(T) / 4]) {
-#pragma unroll
-  for (int i = 0; i < Run; i++) {
-    if constexpr (is_same_v<T, float>)
-      x[i] = bits_f32(words[i]);
-    else
-      x[i] = to_f32(T{static_cast<uint16_t>(words[i / 2] >> 16 * (i & 1))});
-  }
-}
-
-template <class T, int Run>
-SIMT_DEVICE void load_run(float (&x)[Run], const T* data, int64_t at, int64_t n, bool aligned) {
-  constexpr int kBytes = Run * sizeof(T);
-  static_assert(kBytes == 8 || kBytes == 16, "one access");
-  if (aligned && at + Run <= n) {
-    uint32_t words[kBytes / 4];
-    if constexpr (kBytes == 16) {
-      const uint4 v = load16_stream(data + at);
-      words[0] = v.x, words[1] = v.y, words[2] = v.z, words[3] = v.w;
-    } else {
-      const uint2 v = load8(data + at);
-      words[0] = v.x, words[1] = v.y;
-    }
-    unpack_run<T>(x, words);
-    return;
-  }
-#pragma unroll
-  for (int i = 0; i < Run; i++) x[i] = at + i < n ? widen(data[at + i]) : 0;
-}
-
-template <class T, int Run>
-SIMT_DEVICE void store_run(const float (&x)[Run], T* data, int64_t at, int64_t n, bool aligned) {
-  constexpr int kBytes = Run * sizeof(T);
-  if (aligned && at + Run <= n) {
-    uint32_t words[kBytes / 4];
-#pragma unroll
-    for (int i = 0; i < kBytes / 4; i++) {
-      if constexpr (is_same_v<T, float>)
-        words[i] = f32_bits(x[i]);
-      else
-        words[i] = pack2<T>(x[2 * i], x[2 * i + 1]);
-    }
-    if constexpr (kBytes == 16)
-      store16_stream(data + at, make_uint4(words[0], words[1], words[2], words[3]));
-    else
-      store8(data + at, make_uint2(words[0], words[1]));
-    return;
-  }
-#pragma unroll
-  for (int i = 0; i < Run; i++)
-    if (at + i < n) data[at + i] = narrow<T>(x[i]);
 }
 
 }  // namespace tilewise::optim

@@ -1,5 +1,6 @@
 // The family's CUDA table: compiled by nvcc for GPUs and by g++ for the emulator.
-#include "optim/cuda/adamw.h"
+#include "optim/cuda/launch.h"
+
 #include "optim/cuda/quantize.h"
 #include "optim/params.h"
 
@@ -10,57 +11,128 @@ bool aligned16(const void* p) {
   return reinterpret_cast<uintptr_t>(p) % 16 == 0;
 }
 
-bool all_aligned(const AdamWTensor& t) {
-  return aligned16(t.param) && aligned16(t.grad) && aligned16(t.exp_avg) && aligned16(t.exp_avg_sq);
+// ---- one step ----
+
+// Which launches a tensor takes part in.
+bool is_rank1(const StepTensor& t) {
+  return t.second.format == Format::rank1;
+}
+bool is_structured(const StepTensor& t) {
+  return t.n && (is_rank1(t) || t.second.format == Format::factored);
+}
+bool has_bits4(const StepTensor& t) {
+  return t.first.format == Format::bits4 || t.second.format == Format::bits4 || is_rank1(t);
+}
+bool has_bits8(const StepTensor& t) {
+  return t.first.format == Format::bits8 || t.second.format == Format::bits8;
 }
 
-// Steps the tensors of one pair of dtypes, kMaxTensors to a launch.
-template <class P, class G>
-const char* step_tensors(const AdamWParams& p, Float param_type, Float grad_type, void* stream) {
-  using Kernel = AdamWStep<P, G>;
-  typename Kernel::Params q = {};
-  q.k = {p.beta1, p.beta2, p.grad_weight, p.square_weight, p.decay, p.eps};
-  int chunks = 0;
-  const auto flush = [&]() -> const char* {
-    const char* why = q.count ? simt::launch<Kernel>(dim3(chunks), q, stream) : nullptr;
-    q.count = chunks = 0;
-    return why;
-  };
-  for (int64_t i = 0; i < p.count; i++) {
-    const AdamWTensor& t = p.tensors[i];
-    if (t.param_type != param_type || t.grad_type != grad_type) continue;
-    q.tensors[q.count++] = {t.param, t.grad,      t.exp_avg,         t.exp_avg_sq, t.scales,
-                            t.n,     t.step_size, t.inv_correction2, chunks,       all_aligned(t)};
-    chunks += static_cast<int>(simt::ceil_div<int64_t>(t.n, Kernel::kChunkElements));
-    if (q.count == kMaxTensors)
-      if (const char* why = flush()) return why;
+int64_t chunks_of(const StepTensor& t) {
+  return simt::ceil_div<int64_t>(t.n, kChunk);
+}
+int64_t tiles_of(const StepTensor& t) {
+  return simt::ceil_div<int64_t>(t.rows, kTileRows) * simt::ceil_div<int64_t>(t.columns, kTileColumns);
+}
+int64_t one(const StepTensor&) {
+  return 1;
+}
+
+Entry entry_of(const StepTensor& t, int first_unit, bool device_counts) {
+  const bool aligned = aligned16(t.param) && aligned16(t.grad) && aligned16(t.residual) && aligned16(t.first.values) &&
+                       aligned16(t.second.values);
+  Entry e = {t.param,         t.grad,        t.residual, t.first.values, t.first.scales,  t.second.values,
+             t.second.scales, t.workspace,   t.n,        t.rows,         t.columns,       {t.k},
+             t.stream,        t.step_number, first_unit, t.first.format, t.second.format, t.param_type,
+             t.grad_type,     aligned};
+  if (device_counts) e.step = t.step;
+  return e;
+}
+
+CallConstants call_constants(const StepParams& p) {
+  return {p.rule,          p.nesterov, p.stochastic_rounding, p.beta1, p.beta2, p.grad_weight,
+          p.square_weight, p.l2,       p.grad_factor,         p.eps,   p.seed,  p.device};
+}
+
+// The launches of one call; the table of tensors is filled anew for each.
+class Step {
+ public:
+  Step(const StepParams& p, void* stream) : p_(p), stream_(stream) { table_.c = call_constants(p); }
+
+  const char* run() {
+    if (p_.structured && !short_sides()) return "a row or column of 2^31 elements in a rank-1 or factored moment";
+    if (p_.structured) {
+      each(&tile_statistics, tiles_of, is_structured);
+      each(&combine_statistics, one, is_structured);
+    }
+    for (const Float param : kFloats) step(param);
+    if (p_.structured) each(&publish_scales, one, [](const StepTensor& t) { return t.n && is_rank1(t); });
+    if (p_.device.steps) count_steps();
+    return why_;
   }
-  return flush();
-}
 
-using StepTensors = const char* (*)(const AdamWParams&, Float param_type, Float grad_type, void* stream);
+ private:
+  bool short_sides() const {
+    for (int64_t i = 0; i < p_.count; i++)
+      if (p_.tensors[i].rows > INT32_MAX || p_.tensors[i].columns > INT32_MAX) return false;
+    return true;
+  }
 
-#ifdef TILEWISE_FEW_INSTANCES
-constexpr StepTensors kSteps[3][3] = {{&step_tensors<float, float>}, {nullptr, &step_tensors<simt::bf16, simt::bf16>}};
-#else
-constexpr StepTensors kSteps[3][3] = {
-    // [param type][grad type]
-    {&step_tensors<float, float>, &step_tensors<float, simt::bf16>, &step_tensors<float, simt::fp16>},
-    {&step_tensors<simt::bf16, float>, &step_tensors<simt::bf16, simt::bf16>, &step_tensors<simt::bf16, simt::fp16>},
-    {&step_tensors<simt::fp16, float>, &step_tensors<simt::fp16, simt::bf16>, &step_tensors<simt::fp16, simt::fp16>},
-};
-#endif
+  void step(Float param) {
+    const auto typed = [=](const StepTensor& t) { return t.n && t.param_type == param; };
+    for (int structured = 0; structured < 2; structured++) {
+      const auto belongs = [=](const StepTensor& t) { return typed(t) && is_structured(t) == structured; };
+      each(bits4_step_of(param, structured), chunks_of,
+           [=](const StepTensor& t) { return belongs(t) && has_bits4(t); });
+      each(bits8_step_of(param, structured), chunks_of,
+           [=](const StepTensor& t) { return belongs(t) && has_bits8(t); });
+    }
+    each(full_step_of(param), chunks_of,
+         [=](const StepTensor& t) { return typed(t) && !has_bits4(t) && !has_bits8(t); });
+  }
 
-const char* adamw_step(const AdamWParams& p, const Runtime& rt) {
-  for (int param_type = 0; param_type < 3; param_type++) {
-    for (int grad_type = 0; grad_type < 3; grad_type++) {
-      if (!kSteps[param_type][grad_type]) continue;
-      const char* why = kSteps[param_type][grad_type](p, Float(param_type), Float(grad_type), rt.stream);
-      if (why) return why;
+  // Launches a kernel over all tensors that belong to it, kMaxTensors at a time.
+  template <class Belongs>
+  void each(StepLaunch launch, int64_t (*units_of)(const StepTensor&), const Belongs& belongs) {
+    int64_t units = 0;
+    const auto flush = [&] {
+      if (table_.count && !why_) why_ = launch(table_, static_cast<unsigned>(units), stream_);
+      table_.count = 0;
+      units = 0;
+    };
+    table_.count = 0;
+    for (int64_t i = 0; i < p_.count; i++) {
+      const StepTensor& t = p_.tensors[i];
+      if (!belongs(t)) continue;
+      if (table_.count == kMaxTensors || units + units_of(t) > INT32_MAX) flush();
+      table_.tensors[table_.count++] = entry_of(t, static_cast<int>(units), p_.device.steps);
+      units += units_of(t);
+    }
+    flush();
+  }
+
+  void count_steps() {
+    CountSteps::Params q = {};
+    q.device = p_.device;
+    for (int64_t i = 0; i < p_.count && !why_; i++) {
+      q.steps[q.count++] = p_.tensors[i].step;
+      if (q.count < CountSteps::kMaxSteps && i + 1 < p_.count) continue;
+      why_ = simt::launch<CountSteps>(dim3(simt::ceil_div(q.count, CountSteps::kThreads)), q, stream_);
+      q.count = 0;
     }
   }
-  return nullptr;
+
+  static constexpr Float kFloats[] = {Float::f32, Float::bf16, Float::f16};
+  const StepParams& p_;
+  void* stream_;
+  TensorTable table_ = {};
+  const char* why_ = nullptr;
+};
+
+const char* step(const StepParams& p, const Runtime& rt) {
+  return Step(p, rt.stream).run();
 }
+
+// ---- quantisation by itself ----
 
 template <template <class> class Kernel, class Codec>
 const char* launch_codec(const CodecParams& p, const Runtime& rt) {
@@ -77,7 +149,7 @@ const char* run_codec(const CodecParams& p, const Runtime& rt) {
 }  // namespace tilewise::optim
 
 extern "C" __attribute__((visibility("default"))) const tilewise::optim::Kernels tilewise_optim_cuda = {
-    &tilewise::optim::adamw_step,
+    &tilewise::optim::step,
     &tilewise::optim::run_codec<tilewise::optim::Quantize>,
     &tilewise::optim::run_codec<tilewise::optim::Dequantize>,
 };

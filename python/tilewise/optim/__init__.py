@@ -1,6 +1,25 @@
-"""Optimizers whose states take 4 bits per element and whose step is one fused pass (``tilewise.optim``)."""
+"""Optimizers whose states take 4 or 8 bits per element and whose step is one fused pass (``tilewise.optim``)."""
 
-from tilewise.optim.adamw import AdamW
+from tilewise.optim.adagrad import Adagrad
+from tilewise.optim.adam import Adam, AdamW
+from tilewise.optim.base import LowBitOptimizer
+from tilewise.optim.lion import Lion
+from tilewise.optim.memory import MemoryReport
+from tilewise.optim.overrides import override
 from tilewise.optim.quantize import dequantize_state, quantize_state
+from tilewise.optim.rmsprop import RMSprop
+from tilewise.optim.sgd import SGD
 
-__all__ = ["AdamW", "dequantize_state", "quantize_state"]
+__all__ = [
+    "Adagrad",
+    "Adam",
+    "AdamW",
+    "Lion",
+    "LowBitOptimizer",
+    "MemoryReport",
+    "RMSprop",
+    "SGD",
+    "dequantize_state",
+    "override",
+    "quantize_state",
+]

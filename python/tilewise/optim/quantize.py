@@ -99,7 +99,7 @@ def dequantize_state(codes: torch.Tensor, scales: torch.Tensor, shape, *, signed
 
     Args:
         codes: uint8 (B, 64), or (B, 256) with 8 bits, contiguous.
-        scales: float32 (B,), any stride: ``state["scales"][:, 0]`` for the first moment of an optimizer's state.
+        scales: float32 (B,), any stride: ``state["exp_avg_scale"]`` of an optimizer's state.
         shape: of the result; B = ceil(prod(shape) / 128), with 8 bits ceil(prod(shape) / 256).
 
     Raises:

@@ -1,11 +1,11 @@
-"""The random bits of dropout in plain torch: Philox4x32-10 (Salmon et al., 2011)."""
+"""Random bits in plain torch: Philox4x32-10 (Salmon et al., 2011)."""
 
 import torch
 
 _MASK = 0xFFFFFFFF
 
 
-def _words(counter, key):
+def words(counter, key):
     """The four output words of Philox4x32-10; ``counter`` are four int64 tensors, ``key`` two numbers, of 32 bits."""
     a, b, c, d = counter
     k0, k1 = key
@@ -29,6 +29,6 @@ def keep(seed, dropout_p, batch, heads, queries, keys):
     groups = (keys + 7) // 8
     grid = torch.meshgrid(*(torch.arange(n) for n in (batch * heads, queries, groups)), indexing="ij")
     head, query, group = grid
-    words = _words((group, query, head, torch.zeros_like(group)), (seed & _MASK, seed >> 32 & _MASK))
-    bits = torch.stack([half for word in words for half in (word & 0xFFFF, word >> 16)], -1).flatten(-2)
+    four = words((group, query, head, torch.zeros_like(group)), (seed & _MASK, seed >> 32 & _MASK))
+    bits = torch.stack([half for word in four for half in (word & 0xFFFF, word >> 16)], -1).flatten(-2)
     return (bits[..., :keys] >= round(65536 * dropout_p)).view(batch, heads, queries, keys)
