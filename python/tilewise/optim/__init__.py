@@ -1,8 +1,10 @@
 """Optimizers whose states take 4 or 8 bits per element and whose step is one fused pass (``tilewise.optim``)."""
 
+from tilewise.optim import distributed
 from tilewise.optim.adagrad import Adagrad
 from tilewise.optim.adam import Adam, AdamW
 from tilewise.optim.base import LowBitOptimizer
+from tilewise.optim.convert import convert_state_dict
 from tilewise.optim.lion import Lion
 from tilewise.optim.memory import MemoryReport
 from tilewise.optim.overrides import override
@@ -19,7 +21,9 @@ __all__ = [
     "MemoryReport",
     "RMSprop",
     "SGD",
+    "convert_state_dict",
     "dequantize_state",
+    "distributed",
     "override",
     "quantize_state",
 ]

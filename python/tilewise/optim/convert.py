@@ -1,0 +1,231 @@
+"""States of other options and of other libraries, as states of an optimizer of this package."""
+
+import torch
+
+from tilewise.optim import forms
+from tilewise.optim.checkpoint import STATE_VERSION, check_state, expect_outline, match_params
+from tilewise.optim.options import COMMON, check_group
+from tilewise.optim.tensors import is_sharded, local
+
+WHAT = "convert_state_dict"
+
+
+def convert_state_dict(state_dict: dict, optimizer) -> dict:
+    """A state dict that ``optimizer`` can load, with its bits, blocks and form of second moments.
+
+    Moments that stand in the same form already are copied bit by bit; others become float32 and are quantised anew.
+    Hyperparameters (lr, betas, ...) are taken over, options of states (``state_bits``, ...) are the optimizer's.
+    ``state_dict`` is recognised by its keys, and is one of:
+
+        this package's      any options; also version 2
+        torch.optim's       AdamW, Adam, SGD, RMSprop, Adagrad
+        bitsandbytes'       Adam(W), SGD, Lion, RMSprop, Adagrad in 8 bits block-wise or 32
+        torchao's           AdamW8bit, AdamW4bit, AdamWFp8 and their Adam: tensors with ``codes``, ``scale``, ``qmap``
+
+    Args:
+        state_dict: of an optimizer over the same parameters in the same groups; unchanged.
+        optimizer: of this package; unchanged.
+
+    Raises:
+        ValueError: other parameters or groups; states of another optimizer; truncated states.
+        TypeError: not a dict of that kind.
+        NotImplementedError: a state that no rule here has: ``amsgrad``, ``centered``, bitsandbytes without blocks.
+
+    Example::
+
+        optimizer = tilewise.optim.AdamW(model.parameters(), state_bits=4)
+        optimizer.load_state_dict(convert_state_dict(torch.load("bitsandbytes.pt"), optimizer))
+    """
+    expect_outline(WHAT, state_dict)
+    owners = match_params(WHAT, optimizer, state_dict["param_groups"])
+    for index in state_dict["state"]:
+        if index not in owners:
+            raise ValueError(f"{WHAT}: state has an entry {index!r}, expected indices of parameters in param_groups")
+    groups = [
+        _converted_group(optimizer, old, saved)
+        for old, saved in zip(optimizer.param_groups, state_dict["param_groups"], strict=True)
+    ]
+    new_groups = {index: group for group in groups for index in group["params"]}
+    state = {}
+    for index, entry in state_dict["state"].items():
+        p, saved = owners[index]
+        where = f"{WHAT}: state[{index!r}]"
+        if not isinstance(entry, dict):
+            raise TypeError(f"{where} is a {type(entry).__name__}, expected a dict of state_dict()")
+        found = _reader(saved, entry)(where, optimizer, entry, p, saved)
+        if found is not None:
+            state[index] = encoded_state(optimizer, p, new_groups[index], *found)
+    return {"state": state, "param_groups": groups}
+
+
+def encoded_state(optimizer, p, group, step, moments, residual=None) -> dict:
+    """A parameter's state as the optimizer would hold it.
+
+    Args:
+        moments: {name: float32 tensor of the shape held here | function of a form that gives the state's tensors}.
+    """
+    part = local(p)
+    state = {"step": torch.tensor(float(step), dtype=torch.float32)}
+    for name, form in optimizer.planned_forms(p, group).items():
+        values = moments.get(name)
+        if values is None:
+            state |= optimizer.new_moment(form, name, part.shape, group, part.device)
+        elif callable(values):
+            state |= values(form)
+        else:
+            state |= forms.encode(form, name, values.to(part.device), signed=name == optimizer.first)
+    if group["master_weights"] and p.dtype is torch.bfloat16:
+        state["residual"] = torch.zeros(part.shape, dtype=torch.int16) if residual is None else residual
+    return state
+
+
+def _converted_group(optimizer, old, saved):
+    own = [name for name in optimizer.options if name not in COMMON]
+    renamed = saved | _bitsandbytes_numbers(optimizer, saved)
+    taken = {name: renamed[name] for name in (*own, "maximize", "initial_lr", "param_names") if name in renamed}
+    if isinstance(taken.get("lr"), torch.Tensor) and not isinstance(old["lr"], torch.Tensor):
+        taken["lr"] = taken["lr"].item()
+    group = {name: value for name, value in old.items() if name != "params"} | taken
+    group |= {"state_version": STATE_VERSION, "params": list(saved["params"])}
+    check_group(WHAT, group, optimizer.options)
+    return group
+
+
+# ---- readers: a parameter's step, its moments by name, and its residual; None where it has no states yet ----
+
+
+def _reader(saved, entry):
+    if "state_version" in saved:
+        return _read_own
+    return _read_bitsandbytes if "state1" in _flat(entry) else _read_torch
+
+
+def _read_own(where, optimizer, entry, p, saved):
+    if "scales" in entry:  # version 2
+        scales = entry["scales"]
+        if not isinstance(scales, torch.Tensor) or scales.ndim != 2 or scales.shape[1] != 2:
+            raise ValueError(f"{where}['scales'] is not a tensor of two columns, expected one")
+        first, second = (column.contiguous() for column in scales.unbind(1))
+        entry = {name: value for name, value in entry.items() if name != "scales"}
+        entry |= {"exp_avg_scale": first, "exp_avg_sq_scale": second}
+    check_state(where, optimizer, entry, p, saved)
+    shape = local(p).shape
+
+    def moment(name, signed):
+        held = forms.find(entry, name)
+
+        def tensors(form):
+            if form == held:
+                return {key: entry[key].clone() for key in form.layout(name, shape)}
+            return forms.encode(form, name, forms.decode(held, name, entry, shape, signed), signed)
+
+        return tensors
+
+    names = [name for name in (optimizer.first, optimizer.second) if name and forms.find(entry, name) is not None]
+    return entry["step"], {name: moment(name, name == optimizer.first) for name in names}, entry.get("residual")
+
+
+def _read_torch(where, optimizer, entry, p, saved):
+    for name in ("max_exp_avg_sq", "grad_avg"):
+        if name in entry:
+            raise NotImplementedError(f"{where} has {name!r}, expected a state without it (no rule here keeps one)")
+    group = saved if "momentum" in saved else {}
+    moments = {}
+    for name in optimizer.moments(group):
+        if name not in entry and not (entry.keys() <= {"step"} and optimizer.rule == "sgd"):
+            raise ValueError(f"{where} has {sorted(map(str, entry))}, expected {name!r} among them")
+        if entry.get(name) is not None:
+            moments[name] = _floats(f"{where}[{name!r}]", entry[name], p)
+    if "step" not in entry and not moments:
+        return None
+    return _step(where, entry.get("step", 1)), moments
+
+
+def _read_bitsandbytes(where, optimizer, entry, p, saved):
+    entry = _flat(entry)
+    two = optimizer.first is not None and optimizer.second is not None and optimizer.rule == "adam"
+    names = (optimizer.first, optimizer.second) if two else (optimizer.second or optimizer.first,)
+    if ("state2" in entry) != two:
+        raise ValueError(f"{where} has {sorted(map(str, entry))}, expected the states of another optimizer")
+    moments = {}
+    for i, name in enumerate(names, 1):
+        value, book, scales = (entry.get(f"{key}{i}") for key in ("state", "qmap", "absmax"))
+        key = f"{where}['state{i}']"
+        if not isinstance(value, torch.Tensor):
+            raise TypeError(f"{key} is a {type(value).__name__}, expected a tensor")
+        if value.dtype != torch.uint8:
+            moments[name] = _floats(key, value, p)
+        elif book is None or scales is None:
+            raise NotImplementedError(f"{key} is quantised without blocks, expected 'qmap{i}' and 'absmax{i}'")
+        else:
+            moments[name] = _looked_up(key, value, book, scales, p, _bitsandbytes_block(key, value, scales))
+    return _step(where, entry.get("step")), moments
+
+
+def _flat(entry):
+    """bitsandbytes may keep its quantised tensors one level deeper."""
+    flat = {}
+    for key, value in entry.items():
+        flat |= value if isinstance(value, dict) else {key: value}
+    return flat
+
+
+def _bitsandbytes_block(where, codes, scales):
+    for block in (256, 2048, 4096, 1024, 512, 128, 64):
+        if scales.numel() == -(-codes.numel() // block):
+            return block
+    raise ValueError(f"{where} has {codes.numel()} elements and {scales.numel()} scales, expected one per 256")
+
+
+def _bitsandbytes_numbers(optimizer, saved):
+    """bitsandbytes keeps the numbers of every optimizer as its betas."""
+    betas = saved.get("betas")
+    if optimizer.rule not in ("sgd", "rmsprop") or not isinstance(betas, (tuple, list)) or len(betas) < 2:
+        return {}
+    return dict(zip(("momentum", "dampening") if optimizer.rule == "sgd" else ("alpha",), betas, strict=False))
+
+
+def _step(where, value):
+    try:
+        step = float(value)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"{where}['step'] is a {type(value).__name__}, expected a number") from None
+    if not (0 <= step < 2**24 and step == int(step)):
+        raise ValueError(f"{where}['step'] is {step}, expected an integer, 0 <= step < 2^24")
+    return step
+
+
+def _floats(where, value, p):
+    """A moment as float32, in the shape of what is held of the parameter here."""
+    if is_sharded(value):
+        value = value.to_local()
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{where} is a {type(value).__name__}, expected a tensor")
+    if all(hasattr(value, name) for name in ("codes", "scale")):
+        return _torchao(where, value, p)
+    if not value.is_floating_point() or value.layout is not torch.strided:
+        raise TypeError(f"{where} has dtype {value.dtype} and layout {value.layout}, expected dense floating point")
+    if tuple(value.shape) != tuple(local(p).shape):
+        raise ValueError(f"{where} has shape {tuple(value.shape)}, expected {tuple(local(p).shape)}")
+    return value.detach().to(torch.float32, copy=True).contiguous()
+
+
+def _torchao(where, value, p):
+    codes, scale, book = value.codes, value.scale, getattr(value, "qmap", None)
+    if book is None:  # float8
+        codes, book = codes.float(), None
+    elif book.numel() == 16:  # the element of even index is in the high half
+        codes = torch.stack([codes >> 4, codes & 15], -1)
+    if not scale.numel() or codes.numel() % scale.numel():
+        raise ValueError(f"{where} has {codes.numel()} elements and {scale.numel()} scales, expected whole blocks")
+    return _looked_up(where, codes, book, scale, p, codes.numel() // scale.numel())
+
+
+def _looked_up(where, codes, book, scales, p, block):
+    shape = local(p).shape
+    if codes.numel() != shape.numel():
+        raise ValueError(f"{where} has {codes.numel()} elements, expected {shape.numel()}")
+    flat = codes.reshape(-1)
+    values = flat if book is None else book.to(flat.device, torch.float32)[flat.long()]
+    padded = torch.nn.functional.pad(values, (0, scales.numel() * block - values.numel())).view(-1, block)
+    return (padded * scales.to(padded.device, torch.float32).view(-1, 1)).flatten()[: shape.numel()].view(shape)
