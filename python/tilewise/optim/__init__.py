@@ -7,6 +7,7 @@ from tilewise.optim.base import LowBitOptimizer
 from tilewise.optim.convert import convert_state_dict
 from tilewise.optim.lion import Lion
 from tilewise.optim.memory import MemoryReport
+from tilewise.optim.offload import CPUOffload
 from tilewise.optim.overrides import override
 from tilewise.optim.quantize import dequantize_state, quantize_state
 from tilewise.optim.rmsprop import RMSprop
@@ -16,6 +17,7 @@ __all__ = [
     "Adagrad",
     "Adam",
     "AdamW",
+    "CPUOffload",
     "Lion",
     "LowBitOptimizer",
     "MemoryReport",
