@@ -104,6 +104,23 @@ void bind_optim(py::module_& m) {
           const py::gil_scoped_release release;
           dequantize_state(codes, scales, values, is_signed, bits, stream);
         });
+  m.def("quantize_matrix",
+        [](const PyTensor& values, const PyTensor& codes, const PyTensor& scales, const OptionalTensor& diagonal) {
+          void* stream = values.stream();
+          const py::gil_scoped_release release;
+          quantize_matrix(values, codes, scales, pointer_to(diagonal), stream);
+        });
+  m.def("dequantize_matrix",
+        [](const PyTensor& codes, const PyTensor& scales, const OptionalTensor& diagonal, const PyTensor& values) {
+          void* stream = values.stream();
+          const py::gil_scoped_release release;
+          dequantize_matrix(codes, scales, pointer_to(diagonal), values, stream);
+        });
+  m.def("orthonormalize", [](const PyTensor& rows, const PyTensor& gram, const PyTensor& out) {
+    void* stream = rows.stream();
+    const py::gil_scoped_release release;
+    orthonormalize(rows, gram, out, stream);
+  });
 }
 
 }  // namespace tilewise

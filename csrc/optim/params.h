@@ -129,11 +129,48 @@ struct CodecParams {
   int bits;
 };
 
+// ---- Shampoo ----
+// A quantised matrix keeps 4 bits per element and one float32 scale per 64 consecutive elements of a row. The codes of
+// a block are 32 bytes: seen as 16 little-endian words of 16 bits, bits 4i of word j hold element 16i + j (i = 0..3, j
+// = 0..15). So one shift of 16 words gives 16 consecutive elements in the lanes of a CPU vector, and 8 bytes give a
+// CUDA thread 4 runs of 4. The last block of a row is whole; its codes beyond the row's end are those of zero.
+constexpr int kRowBlock = 64;
+constexpr int kRowBlockBytes = 32;
+
+// Linear-2: code c stands for sign(t) t^2 / 225 with t = 2c - 15, but code 7 for zero; on the grid of the book above.
+// Code 7 + i stands for magnitude i, code 8 - i for its negative; minus magnitude 1 is missing.
+constexpr Magnitudes make_squares() {
+  Magnitudes m = {};
+  for (int i = 1; i < 9; i++) m.value[i] = on_grid((2 * i - 1) * (2 * i - 1) / 225.0);
+  for (int i = 0; i < 8; i++) m.midpoint[i] = (m.value[i] + m.value[i + 1]) / 2;
+  return m;
+}
+constexpr Magnitudes kSquares = make_squares();
+constexpr float kNegativeMidpoint = kSquares.value[2] / 2;  // between zero and the smallest negative value
+
+struct MatrixCodecParams {
+  float* values;    // [batch, order, order]
+  uint8_t* codes;   // [batch, order, blocks of a row, 32]
+  float* scales;    // [batch, order, blocks of a row]
+  float* diagonal;  // [batch, order], kept apart and zero among the codes; null: it is like the rest
+  int64_t batch, order;
+};
+
+struct OrthonormalizeParams {
+  const float* rows;  // [batch, order, order]
+  float* gram;        // [batch, order, order] workspace: rows rows^T
+  float* out;         // [batch, order, order]: 1.5 rows - 0.5 gram rows
+  int64_t batch, order;
+};
+
 // The family's kernels on one machine; null = not available there.
 struct Kernels {
   KernelFn<StepParams> step;
   KernelFn<CodecParams> quantize;
   KernelFn<CodecParams> dequantize;
+  KernelFn<MatrixCodecParams> quantize_matrix;
+  KernelFn<MatrixCodecParams> dequantize_matrix;
+  KernelFn<OrthonormalizeParams> orthonormalize;
 };
 
 }  // namespace tilewise::optim

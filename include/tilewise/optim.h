@@ -73,4 +73,20 @@ void quantize_state(const Tensor& values, const Tensor& codes, const Tensor& sca
 void dequantize_state(const Tensor& codes, const Tensor& scales, const Tensor& values, bool is_signed, int bits = 4,
                       void* stream = nullptr);
 
+// ---- the pieces of Shampoo ----
+// Batches of square matrices, all contiguous and on one device; C = ceil(n / 64) blocks of 64 consecutive elements in a
+// row, each with a scale.
+
+// Nearest value of the Linear-2 book exactly; a tie goes to the code of smaller magnitude. Values that are not finite
+// count as zero. With `diagonal` the diagonals are kept there as they are, and only the rest is quantised.
+//   values f32 [b, n, n]; codes u8 [b, n, 32 C], 16-byte aligned; scales f32 [b, n, C]; diagonal f32 [b, n] or null
+void quantize_matrix(const Tensor& values, const Tensor& codes, const Tensor& scales, const Tensor* diagonal,
+                     void* stream = nullptr);
+void dequantize_matrix(const Tensor& codes, const Tensor& scales, const Tensor* diagonal, const Tensor& values,
+                       void* stream = nullptr);
+
+// One Bjorck step towards orthonormal rows: out = 1.5 rows - 0.5 gram rows, gram = rows rows^T.
+//   rows, gram (a workspace), out f32 [b, n, n]
+void orthonormalize(const Tensor& rows, const Tensor& gram, const Tensor& out, void* stream = nullptr);
+
 }  // namespace tilewise

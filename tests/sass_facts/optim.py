@@ -18,3 +18,12 @@ FACTS = {
     "Quantize<.*Codec8>": {"STG.*128": ">=2", "LDS.*128": "==64"},
     "Dequantize<.*Codec8>": {"LDG.*128": ">=2", "LDS.*64": "==64"},
 }
+
+# Shampoo's codes, and its products: 8 x 8 sums per thread, eight deep and unrolled, operands in 16-byte accesses.
+_PRODUCT = {"LDL|STL": 0, "registers": "<=168", "FFMA": ">=512", "LDS.128": ">=32"}
+_PRODUCT |= {"LDG.*128": ">=4", "STG.*128": ">=16"}
+FACTS |= {
+    "EncodeMatrix": {"LDL|STL": 0, "registers": "<=64", "LDG.*128": ">=4", "STG.*64": ">=1"},
+    "DecodeMatrix": {"LDL|STL": 0, "registers": "<=64", "LDG.*64": ">=1", "STG.*128": ">=4"},
+    "SquareProduct": _PRODUCT,
+}

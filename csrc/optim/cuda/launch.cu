@@ -2,6 +2,7 @@
 #include "optim/cuda/launch.h"
 
 #include "optim/cuda/quantize.h"
+#include "optim/cuda/shampoo.h"
 #include "optim/params.h"
 
 namespace tilewise::optim {
@@ -145,6 +146,22 @@ const char* run_codec(const CodecParams& p, const Runtime& rt) {
   return p.bits == 4 ? launch_codec<Kernel, Codec4>(p, rt) : launch_codec<Kernel, Codec8>(p, rt);
 }
 
+template <class Kernel>
+const char* run_matrix_codec(const MatrixCodecParams& p, const Runtime& rt) {
+  const int64_t blocks = p.batch * p.order * simt::ceil_div<int64_t>(p.order, kRowBlock);
+  const auto grid = static_cast<unsigned>(simt::ceil_div<int64_t>(blocks * kLanesPerRowBlock, kCodecThreads));
+  return simt::launch<Kernel>(dim3(grid), {p, p.order % 4 == 0 && aligned16(p.values)}, rt.stream);
+}
+
+const char* orthonormalize(const OrthonormalizeParams& p, const Runtime& rt) {
+  const bool aligned = p.order % 4 == 0 && aligned16(p.rows) && aligned16(p.gram) && aligned16(p.out);
+  const int64_t side = simt::ceil_div<int64_t>(p.order, kTile);
+  const SquareLaunch launch = {p, aligned, static_cast<int>(side)};
+  const dim3 grid(static_cast<unsigned>(p.batch * side * side));
+  const char* why = simt::launch<SquareProduct<true>>(grid, launch, rt.stream);
+  return why ? why : simt::launch<SquareProduct<false>>(grid, launch, rt.stream);
+}
+
 }  // namespace
 }  // namespace tilewise::optim
 
@@ -152,4 +169,7 @@ extern "C" __attribute__((visibility("default"))) const tilewise::optim::Kernels
     &tilewise::optim::step,
     &tilewise::optim::run_codec<tilewise::optim::Quantize>,
     &tilewise::optim::run_codec<tilewise::optim::Dequantize>,
+    &tilewise::optim::run_matrix_codec<tilewise::optim::EncodeMatrix>,
+    &tilewise::optim::run_matrix_codec<tilewise::optim::DecodeMatrix>,
+    &tilewise::optim::orthonormalize,
 };

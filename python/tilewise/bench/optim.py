@@ -1,6 +1,7 @@
 """AdamW with 4-bit states against torch's fused AdamW: the same parameters, gradients and options, one step.
 
-Quantisation by itself beside a copy of the float32 values: torch has nothing like it.
+Quantisation by itself beside a copy of the float32 values: torch has nothing like it. And Shampoo with 4-bit states
+against itself with 32-bit ones.
 """
 
 import functools
@@ -48,6 +49,36 @@ def _codec_cases(device, count, bits):
     ]
 
 
+def _shampoo_cycle(device, order, interval, bits):
+    """Steps of one matrix from one new inverse root to the next."""
+    p = torch.nn.Parameter(torch.randn(order, order, device=device))
+    p.grad = torch.randn_like(p)
+    step = optim.Shampoo([p], state_bits=bits, precondition_interval=interval, root_interval=interval).step
+
+    def cycle():
+        for _ in range(interval):
+            step()
+
+    return cycle
+
+
+def shampoo_cases(device: torch.device) -> list[Case]:
+    """4-bit Shampoo beside the 32-bit one, which has 7 times the state; and Bjorck's step beside two products."""
+    order, interval = (1024 if device.type == "cuda" else 512), 200
+    ours, theirs = (_shampoo_cycle(device, order, interval, bits) for bits in (4, 32))
+    name = f"Shampoo 4-bit over 32-bit, order {order}, {interval} steps"
+    rows = torch.linalg.qr(torch.randn(4, 512, 512, device=device))[0].contiguous()
+
+    def two_products():
+        return torch.baddbmm(rows, rows @ rows.mT, rows, beta=1.5, alpha=-0.5)
+
+    bjorck = "Bjorck step, 4 of order 512"
+    return [
+        Case(name, ours, theirs, flops=4.0 * interval * order**3, target=1 / 1.1),
+        Case(bjorck, lambda: optim.orthonormalize(rows), two_products, flops=3.0 * rows.numel() * 512),
+    ]
+
+
 def cases(device: torch.device) -> list[Case]:
     """50M parameters in 150 tensors (1e9 on CUDA), and the tensors of a small model."""
     count = 1_000_000_000 if device.type == "cuda" else 50_000_000
@@ -59,4 +90,5 @@ def cases(device: torch.device) -> list[Case]:
         _case(f"AdamW 32-bit float32 {label}", device, torch.float32, count, None, state_bits=32),
         *_codec_cases(device, 16_000_000, 4),
         *_codec_cases(device, 16_000_000, 8),
+        *shampoo_cases(device),
     ]
