@@ -1,4 +1,4 @@
-"""AdamW with 4-bit states against torch's fused AdamW: the same parameters, gradients and options, one step.
+"""Optimizers with states in few bits against torch's fused ones: the same parameters, gradients and options, one step.
 
 Quantisation by itself beside a copy of the float32 values: torch has nothing like it. And Shampoo with 4-bit states
 against itself with 32-bit ones.
@@ -11,24 +11,28 @@ import torch
 from tilewise import optim
 from tilewise.bench.case import Case
 
-TENSORS, STATE_BYTES = 150, 2 * 136 / 128  # read and written: 64 + 64 bytes of codes and 8 of scales per 128 elements
+TENSORS = 150
+STATE_BYTES = {4: 68 / 128, 8: 260 / 256, 32: 4}  # of a moment's element: codes and a scale per block
 
 
 def _parameters(device, dtype, count):
-    params = [torch.nn.Parameter(torch.randn(count // TENSORS, device=device).to(dtype)) for _ in range(TENSORS)]
+    rows = 1000 if count >= 1000 * TENSORS else 1
+    shape = rows, count // TENSORS // rows
+    params = [torch.nn.Parameter(torch.randn(shape, device=device).to(dtype)) for _ in range(TENSORS)]
     for p in params:
         p.grad = torch.randn_like(p)
     return params
 
 
-def _case(name, device, dtype, count, target, **options):
+def _case(label, device, dtype, count, target=None, rule="AdamW", moments=2, **options):
     ours, theirs = _parameters(device, dtype, count), _parameters(device, dtype, count)
-    tilewise_step = optim.AdamW(ours, **options).step
-    torch_step = torch.optim.AdamW(theirs, fused=True).step
-    size = ours[0].element_size()
-    state_bytes = 16 if options.get("state_bits") == 32 else STATE_BYTES
-    least = sum(p.numel() for p in ours) * (3 * size + state_bytes)  # p is read and written, g is read
-    return Case(name, tilewise_step, torch_step, bytes=least, target=target)
+    common = {"momentum": 0.9} if rule == "SGD" else {}
+    tilewise_step = getattr(optim, rule)(ours, lr=1e-3, **common, **options).step
+    torch_step = getattr(torch.optim, rule)(theirs, lr=1e-3, **common, fused=True).step
+    # p, and the states, are read and written, g is read
+    per_element = 3 * ours[0].element_size() + 2 * moments * STATE_BYTES[options.get("state_bits", 4)]
+    name = f"{rule} {label} {str(dtype).removeprefix('torch.')} {count // 1_000_000}M in {TENSORS} tensors"
+    return Case(name, tilewise_step, torch_step, bytes=sum(p.numel() for p in ours) * per_element, target=target)
 
 
 def _codec_cases(device, count, bits):
@@ -82,12 +86,18 @@ def shampoo_cases(device: torch.device) -> list[Case]:
 def cases(device: torch.device) -> list[Case]:
     """50M parameters in 150 tensors (1e9 on CUDA), and the tensors of a small model."""
     count = 1_000_000_000 if device.type == "cuda" else 50_000_000
-    label = f"{count // 1_000_000}M in {TENSORS} tensors"
+    f32, bf16 = torch.float32, torch.bfloat16
     return [
-        _case(f"AdamW 4-bit float32 {label}", device, torch.float32, count, 1.5),
-        _case(f"AdamW 4-bit bfloat16 {label}", device, torch.bfloat16, count, 1.5),
-        _case("AdamW 4-bit float32 1M in 150 tensors", device, torch.float32, 1_000_000, None),
-        _case(f"AdamW 32-bit float32 {label}", device, torch.float32, count, None, state_bits=32),
+        _case("4-bit", device, f32, count, 1.65),
+        _case("4-bit", device, bf16, count, 1.65),
+        _case("8-bit", device, f32, count, 1.25, state_bits=8),
+        _case("8-bit", device, bf16, count, 1.05, state_bits=8),
+        _case("32-bit", device, f32, count, state_bits=32),
+        _case("4-bit rank-1", device, f32, count, second_moment="rank1"),
+        _case("4-bit factored", device, f32, count, second_moment="factored"),
+        _case("4-bit and 16-bit residual", device, bf16, count, master_weights=True),
+        _case("4-bit", device, f32, count, rule="SGD", moments=1),
+        _case("4-bit", device, f32, 1_000_000),
         *_codec_cases(device, 16_000_000, 4),
         *_codec_cases(device, 16_000_000, 8),
         *shampoo_cases(device),
