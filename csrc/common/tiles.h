@@ -29,18 +29,17 @@ typedef uint16_t Packed;  // an element of a packed operand
 
 // ---- the unit ----
 
-// Tiles can be used while one of these lives. All eight have the full size.
+// The sizes of the eight tiles: full, unless set otherwise.
+struct alignas(64) TileConfig {
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+
+// Tiles can be used while one of these lives.
 class TileScope {
  public:
-  TileScope() {
-    struct alignas(64) {
-      uint8_t palette = 1, start_row = 0, reserved[14] = {};
-      uint16_t row_bytes[16] = {};
-      uint8_t rows[16] = {};
-    } config;
-    for (int i = 0; i < 8; i++) config.row_bytes[i] = 64, config.rows[i] = kTileRows;
-    __asm__ volatile("ldtilecfg %0" ::"m"(config));
-  }
+  explicit TileScope(const TileConfig& config = {}) { __asm__ volatile("ldtilecfg %0" ::"m"(config)); }
   ~TileScope() { __asm__ volatile("tilerelease"); }
   TileScope(const TileScope&) = delete;
 };

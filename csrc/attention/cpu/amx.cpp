@@ -10,6 +10,9 @@ namespace {
 const char* paged_attention_on_tiles(const PagedParams& p, const Runtime& rt) {
   return paged::attend_float_pages_on_tiles<WindowVisibility>(p, rt);
 }
+const char* paged_attention_codes_on_tiles(const PagedParams& p, const Runtime& rt) {
+  return paged::attend_code_pages_on_tiles<WindowVisibility>(p, rt);
+}
 
 }  // namespace
 }  // namespace tilewise
@@ -19,4 +22,5 @@ extern "C" const tilewise::attention::Kernels TILEWISE_ISA_TABLE(attention) = {
     &tilewise::backward_on_tiles,
     nullptr,  // pack_mask
     &tilewise::paged_attention_on_tiles,
+    &tilewise::paged_attention_codes_on_tiles,
 };

@@ -1,6 +1,7 @@
 // Paged attention on AMX tiles: a task's rows in tiles of 32, each block of keys packed once for all of them.
 #pragma once
 #include "common/paged/cpu/attention.h"
+#include "common/paged/cpu/team.h"
 #include "common/tile_attention.h"
 
 namespace tilewise::paged {
@@ -113,22 +114,30 @@ struct MatrixTask {
 
 template <class T, class Visibility>
 bool attend_on_tiles(const Task<Visibility>& task, const Runtime& rt) {
-  if (task.p.softcap != 0) return attend_tiles<FloatRows<T>>(task, rt);
+  const bool few = task.rows <= kFewRows && FloatRows<T>(task.p.dim).serves_few();
+  if (few || task.p.softcap != 0) return attend_rows<FloatRows<T>>(task, rt);
   MatrixTask<T, Visibility> work(task);
   if (!work.start(rt)) return false;
   work.run();
-  if (!work.finite()) return attend_tiles<FloatRows<T>>(task, rt);
+  if (!work.finite()) return attend_rows<FloatRows<T>>(task, rt);
   work.write();
   return true;
 }
 
 template <class Visibility>
 const char* attend_float_pages_on_tiles(const typename Visibility::Params& p, const Runtime& rt) {
+  if (p.type == Type::bf16 && fits_team(p)) return attend_teams<FloatRows<Bf16>, Visibility>(p, rt);
   return with_type(p.type, [&](auto type) {
     using T = decltype(type);
-    return run_tasks<FloatRows<T>, Visibility>(
-        p, rt, [](const Task<Visibility>& task, const Runtime& rt) { return attend_on_tiles<T>(task, rt); });
+    return run_tasks<Visibility>(
+        p, rt, {}, [](const Task<Visibility>& task, const Runtime& rt) { return attend_on_tiles<T>(task, rt); });
   });
+}
+
+template <class Visibility>
+const char* attend_code_pages_on_tiles(const typename Visibility::Params& p, const Runtime& rt) {
+  if (!fits_team(p)) return attend_code_pages<Visibility>(p, rt);
+  return with_codes(p.format, p.dim, [&](auto source) { return attend_teams<decltype(source), Visibility>(p, rt); });
 }
 
 }  // namespace

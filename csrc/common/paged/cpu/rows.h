@@ -59,7 +59,8 @@ auto with_type(Type type, const F& f) {
   return type == Type::bf16 ? f(Bf16{}) : f(Fp16{});
 }
 
-// Queries [first_row, first_row + rows) of one key head; row = token * group + head in the group.
+// Queries [first_row, first_row + rows) of a key head; row = token * group + head in the group. A task may go on for
+// the next `heads` - 1 key heads, each with rows of its own.
 template <class Visibility>
 struct Task {
   const typename Visibility::Params& p;
@@ -67,7 +68,9 @@ struct Task {
   int64_t b;
   int kv_head, first_row, rows, group;
   KeyRange keys;
-  float* partial = nullptr;  // [rows, dim + 2] for the merge; null: this task writes the result
+  int heads = 1;
+  float* partial = nullptr;    // [rows, dim + 2] for the merge; null: this task writes the result
+  int64_t partial_stride = 0;  // to the next head's
 
   Task(const typename Visibility::Params& p, int64_t b, int kv_head, int first_row, int rows)
       : p(p),
@@ -78,6 +81,14 @@ struct Task {
         rows(rows),
         group(p.q_heads / p.kv_heads),
         keys(visible.keys(token(0), token(rows - 1) - token(0) + 1)) {}
+  // The same of one key head, `h` further.
+  Task of_head(int h) const {
+    Task task = *this;
+    task.kv_head += h;
+    task.heads = 1;
+    if (partial) task.partial += h * partial_stride;
+    return task;
+  }
   int token(int row) const { return (first_row + row) / group; }
   int head(int row) const { return kv_head * group + (first_row + row) % group; }
   int64_t offset(int row, const TokenStrides& s) const {
@@ -87,9 +98,8 @@ struct Task {
   const T* query(int row) const {
     return static_cast<const T*>(p.q) + offset(row, p.q_strides);
   }
-  // The query, ready for scores in powers of two, with zeros up to `width`.
-  void load_query(int row, float* to, int width) const {
-    const float factor = p.scale * kLog2e;
+  // The query times `factor`, with zeros up to `width`.
+  void load_query(int row, float* to, int width, float factor) const {
     with_type(p.type, [&](auto type) {
       const auto* from = query<decltype(type)>(row);
       for (int d = 0; d < p.dim; d += W) store(to + d, load(from + d, p.dim - d) * factor, width - d);
@@ -97,6 +107,8 @@ struct Task {
     for (int d = p.dim; d < width; d++) to[d] = 0;
     if (p.k_channels) multiply(to, p.k_channels);
   }
+  // The query, ready for scores in powers of two.
+  void load_query(int row, float* to, int width) const { load_query(row, to, width, p.scale * kLog2e); }
   // By the numbers of the channels of this key head.
   void multiply(float* row, const float* channels) const {
     channels += int64_t(kv_head) * p.dim;
@@ -134,11 +146,11 @@ struct Task {
 
 // Weights of several key ranges are brought to the largest reference and added.
 template <class Visibility>
-void merge_splits(const Task<Visibility>& task, float* partial, int splits, int chunk_rows) {
+void merge_splits(const Task<Visibility>& task, int splits, int chunk_rows) {
   const int dim = task.p.dim;
   const int64_t stride = int64_t(chunk_rows) * (dim + 2);
   for (int row = 0; row < task.rows; row++) {
-    float* first = partial + int64_t(row) * (dim + 2);
+    float* first = task.partial + int64_t(row) * (dim + 2);
     float reference = kLowest, total = 0;
     for (int s = 0; s < splits; s++) reference = max_of(reference, first[s * stride + dim]);
     for (int s = 0; s < splits; s++) {
@@ -178,6 +190,10 @@ struct KeyRows {
       k[j] = k_head + cursor.offset(p.k_strides) * item;
       v[j] = v_head + cursor.offset(p.v_strides) * item;
     }
+  }
+  // Whether `n` keys from key i on stand in one page, and so equally far apart.
+  bool in_one_page(int i, int n, int page_size) const {
+    return i + n <= count && (first + i) % page_size + n <= page_size;
   }
   static TILEWISE_INLINE void prefetch_row(const char* row, int bytes) {
     for (int byte = 0; byte < bytes; byte += 64) __builtin_prefetch(row + byte, 0, 2);
