@@ -39,6 +39,7 @@ const char* backward_tensor_cores(const BackwardParams& b, const Runtime& rt) {
   return select_type16(b.forward.type, [&](auto type) {
     using T = TypeOf<decltype(type)>;
     if (const char* why = launch_delta<T>(b, rt)) return why;
+    if (serves_sm90(b)) return backward_sm90(b, rt);
     return select_dim(padded_dim(b.forward), [&](auto dim) {
       constexpr int D = decltype(dim)::value;
       return select_mask<D>(b.forward,

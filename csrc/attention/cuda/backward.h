@@ -3,30 +3,14 @@
 // passes over the queries, and over the query heads that share them, for dk and dv. Both recompute the scores, which
 // makes seven products of the five that one kernel with atomic dq would need (docs/performance/attention-cuda.md).
 //
-// With P = exp(S - lse), dP = dout V^T and dS = P (dP - delta):  dv = P^T dout,  dk = scale dS^T Q,  dq = scale dS K.
 // BackwardKeys forms S and dP transposed, K Q^T and V dout^T. So in both kernels each warp owns the rows of what it
 // accumulates, P and dS go from accumulator to A operand inside the registers, and only the streamed operands are
 // shared between warps.
 #pragma once
-#include "attention/cuda/delta.h"
-#include "attention/cuda/general.h"
-#include "attention/cuda/mask.h"
+#include "attention/cuda/gradient.h"
 #include "attention/cuda/tile.h"
 
 namespace tilewise::attention {
-
-// The exponent that P subtracts. A row that saw nothing has lse -inf and no gradient: +inf makes its P zero.
-SIMT_DEVICE float exponent_base(float lse) {
-  return lse == -INFINITY ? INFINITY : lse * kLog2e;
-}
-
-template <int M>
-SIMT_DEVICE void scale_accumulators(float (&acc)[M][4], float scale) {
-#pragma unroll
-  for (int i = 0; i < M; i++)
-#pragma unroll
-    for (int e = 0; e < 4; e++) acc[i][e] *= scale;
-}
 
 // dq of one tile of queries.
 template <class T, int D, class Mask>
@@ -43,22 +27,7 @@ struct BackwardQueries {
     alignas(128) T k[2][kKeys * D];
     alignas(128) T v[2][kKeys * D];
   };
-  struct Rows {  // of this thread, as in SoftmaxRows
-    float base[kFragments][2], delta[kFragments][2];
-  };
-
-  SIMT_DEVICE static Rows load_rows(const BackwardParams& b, int64_t stats, int query, int q_len) {
-    Rows rows;
-#pragma unroll
-    for (int i = 0; i < kFragments; i++)
-#pragma unroll
-      for (int h = 0; h < 2; h++) {
-        const int row = query + 16 * i + 8 * h + (lane_id() >> 2);
-        rows.base[i][h] = row < q_len ? exponent_base(b.forward.lse[stats + row]) : INFINITY;
-        rows.delta[i][h] = row < q_len ? b.delta[stats + row] : 0.f;
-      }
-    return rows;
-  }
+  using Rows = QueryRows<kFragments>;
 
   // Adds the keys [row, row + kStep) of a tile; `key` is the first one's index in the sequence.
   template <bool Masked>
@@ -112,7 +81,7 @@ struct BackwardQueries {
       keys.template load<kKeys>(s.k[0], seq.k_len - tile * kKeys);
       values.template load<kKeys>(s.v[0], seq.k_len - tile * kKeys);
       cp_async_commit();
-      const Rows rows = load_rows(b, stats_index(p, seq, head), query, seq.q_len);
+      const Rows rows(b, stats_index(p, seq, head), query, seq.q_len);
       for (int next, stage = 0; tile < tiles; tile = next, stage ^= 1) {
         next = mask.template tile_above<kQueries, kKeys>(first, tile, tiles);
         cp_async_wait<0>();
@@ -162,30 +131,11 @@ struct BackwardKeys {
   struct Gradients {
     float dk[kFragments][D / 8][4] = {}, dv[kFragments][D / 8][4] = {};
   };
-  // The tiles of queries: head by head, in each those between `begin` and `end` that may see a key of the block.
-  struct Cursor {
-    int head, first, begin, end, heads_end;
-
-    SIMT_DEVICE bool done() const { return head >= heads_end; }
-    SIMT_DEVICE void advance() {
-      first += kQueries;
-      if (first < end) return;
-      first = begin;
-      head++;
-    }
-    SIMT_DEVICE void advance(Mask& mask, int key) {
-      advance();
-      if constexpr (Mask::kGeneral)
-        for (; !done(); advance()) {
-          mask.head = head;
-          if (!mask.template blocked<kQueries, kKeys>(first, key)) return;
-        }
-    }
-  };
+  using Walk = QueryWalk<kQueries, kKeys, Mask>;
 
   // Starts the copy of a tile; queries past the end become zero, and so do their gradients.
   SIMT_DEVICE static void load_queries(Smem& s, int stage, const BackwardParams& b, const Sequence& seq,
-                                       const Cursor& at) {
+                                       const Walk& at) {
     const ForwardParams& p = b.forward;
     const int head = at.head, first = at.first;
     const Loader queries(row_pointer<T>(p.q, p.q_strides, seq.batch, head, seq.q_row + first), p.q_strides.row, p.dim);
@@ -252,14 +202,12 @@ struct BackwardKeys {
     if (first >= seq.k_len) return;
 
     Mask mask(p, work), later(p, work);  // of the tile at hand, and of the one that is being loaded
-    const int begin = mask.query_begin(first) / kQueries * kQueries, full = mask.full_query_begin(first + kKeys);
+    const int full = mask.full_query_begin(first + kKeys);
     const int key = first + warp_id() * kWarpRows;
     const float scale_log2 = mask.softmax_scale(p.scale) * kLog2e;
     const int64_t row = seq.k_row + first;
     Gradients sums;
-    Cursor at = {kv_head * heads, begin - kQueries, begin, mask.query_end(first, first + kKeys), (kv_head + 1) * heads};
-    if (begin >= at.end) at.head = at.heads_end;
-    if (!at.done()) at.advance(later, first);
+    Walk at(later, first, kv_head * heads, heads);
     if (!at.done()) {
       const Loader keys(row_pointer<T>(p.k, p.k_strides, seq.batch, kv_head, row), p.k_strides.row, p.dim);
       const Loader values(row_pointer<T>(p.v, p.v_strides, seq.batch, kv_head, row), p.v_strides.row, p.v_dim);

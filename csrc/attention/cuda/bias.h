@@ -87,7 +87,7 @@ struct TensorEngine {
     load(s, args, work, key);
     cp_async_commit();
     const int own = warp_id() * 16;
-    const typename Queries::Rows rows = Queries::load_rows(args.b, stats, work.first + own, work.seq.q_len);
+    const typename Queries::Rows rows(args.b, stats, work.first + own, work.seq.q_len);
     cp_async_wait<0>();
     sync_block();
     float scores[1][N][4] = {}, dp[1][N][4] = {};

@@ -2,24 +2,12 @@
 #include "attention/cuda/forward_sm90.h"
 
 #include "attention/cuda/launch.h"
+#include "attention/cuda/tensor_maps.h"
 
 namespace tilewise::attention {
 namespace {
 
 constexpr int64_t kCacheBytes = 32 << 20;  // of L2, for keys and values
-
-// (d, rows, heads, batch) in boxes of 64 columns by `box_rows`. A dimension of extent one may have any stride.
-const char* make_map(TensorMap& map, const void* base, const Strides& s, int dim, int64_t rows, int heads, int batch,
-                     int box_rows) {
-  const auto bytes = [](int64_t stride, int64_t extent) {
-    return static_cast<uint64_t>(extent <= 1 ? 16 : stride * 2);
-  };
-  const uint64_t dims[4] = {static_cast<uint64_t>(dim), static_cast<uint64_t>(rows), static_cast<uint64_t>(heads),
-                            static_cast<uint64_t>(batch)};
-  const uint64_t strides[3] = {bytes(s.row, rows), bytes(s.head, heads), bytes(s.batch, batch)};
-  const uint32_t box[4] = {64, static_cast<uint32_t>(box_rows), 1, 1};
-  return make_tensor_map_sw128(&map, base, 2, 4, dims, strides, box);
-}
 
 template <class K>
 const char* make_maps(ForwardSm90Args& a) {
@@ -57,11 +45,6 @@ constexpr int keys_of() {
   return D == 128 && !Mask::kLongestTileLast ? 176 : 128;
 }
 
-// Tensor maps step along every dimension: none of more than one element may stand still.
-bool steps(const Strides& s, int64_t batch, int64_t heads, int64_t rows) {
-  return (batch <= 1 || s.batch > 0) && (heads <= 1 || s.head > 0) && (rows <= 1 || s.row > 0);
-}
-
 }  // namespace
 
 bool serves_sm90(const ForwardParams& p) {
@@ -69,8 +52,9 @@ bool serves_sm90(const ForwardParams& p) {
   const bool packed = p.cu_seqlens_q;
   const int64_t batch = packed ? 1 : p.batch, q_rows = packed ? p.total_q : p.seq_q;
   const int64_t k_rows = packed ? p.total_k : p.seq_k;
-  return steps(p.q_strides, batch, p.q_heads, q_rows) && steps(p.k_strides, batch, p.kv_heads, k_rows) &&
-         steps(p.v_strides, batch, p.kv_heads, k_rows);
+  return has_tensor_map(p.q_strides, batch, p.q_heads, q_rows) &&
+         has_tensor_map(p.k_strides, batch, p.kv_heads, k_rows) &&
+         has_tensor_map(p.v_strides, batch, p.kv_heads, k_rows);
 }
 
 const char* forward_sm90(const ForwardParams& p, const Runtime& rt) {

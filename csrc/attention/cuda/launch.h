@@ -9,9 +9,11 @@ namespace tilewise::attention {
 // fp16 and bf16 on tensor cores: 16-byte rows, head dims that are multiples of 8.
 const char* forward_tensor_cores(const ForwardParams&, const Runtime&);
 const char* backward_tensor_cores(const BackwardParams&, const Runtime&);
-// The forward on sm_90a, for what its tensor maps can describe.
+// The same on sm_90a, for what tensor maps can describe. The backward wants delta.
 bool serves_sm90(const ForwardParams&);
+bool serves_sm90(const BackwardParams&);
 const char* forward_sm90(const ForwardParams&, const Runtime&);
+const char* backward_sm90(const BackwardParams&, const Runtime&);
 // Every type, alignment and head dim, on the fp32 units.
 const char* forward_any(const ForwardParams&, const Runtime&);
 const char* backward_any(const BackwardParams&, const Runtime&);
