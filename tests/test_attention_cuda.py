@@ -36,6 +36,13 @@ def test_heads_share_keys(device, dim):
     check(inputs(Shape(1, 6, 2, 20, 131, dim, dim), torch.float16, device), torch.float16, causal=True)
 
 
+@pytest.mark.modes
+@pytest.mark.parametrize("dim,keys", [(64, 420), (128, 330)])
+def test_rings_wrap(device, dim, keys):
+    """More tiles than there are stages for them, each way: four heads share the keys."""
+    check(inputs(Shape(1, 4, 1, 60, keys, dim, dim), torch.bfloat16, device), torch.bfloat16, causal=True)
+
+
 @pytest.mark.parametrize("dtype", HALVES, ids=["f16", "bf16"])
 @pytest.mark.parametrize("first,last", [(8.0, 0.1), (0.1, 8.0)], ids=["falling", "rising"])
 def test_maximum_moves_late(device, dtype, first, last):

@@ -47,3 +47,22 @@ def test_softmax_runs_beside_the_products_on_hopper():
             assert last[0] < 16 and softmax >= 32, (
                 f"{name}: waits at {last} of {len(body)}, then {softmax} exponentials"
             )
+
+
+@pytest.mark.parametrize("kind,second", [("Queries", 0), ("Keys", 1)])
+def test_exponentials_run_beside_the_product_of_dp_on_hopper(kind, second):
+    """Between the waits for the scores and for dP stand all exponentials of a step.
+
+    Where they share a basic block with the second wait, ptxas hoists it above them.
+    """
+    waits = {n: f"WARPGROUP.DEPBAR.LE gsb0, 0x{n}" for n in (0, 1)}
+    found = facts_of.loops(next(BUILD.glob("CMakeFiles/tilewise.dir/csrc/attention/cuda/backward_sm90.cu.o")))
+    kernels = {name: bodies for name, bodies in found.items() if re.search(f"{kind}Sm90<.*(Dense|Causal)", name)}
+    assert kernels
+    for name, bodies in kernels.items():
+        body = min((b for b in bodies if sum("HGMMA" in i for i in b) > 8), key=len)
+        exponentials = [i for i, text in enumerate(body) if text.startswith("MUFU.EX2")]
+        scores = max(i for i in range(exponentials[0]) if waits[1] in body[i])
+        dp = next(i for i in range(scores + 1, len(body)) if waits[second] in body[i])
+        columns = int(re.search(r"16, \d+, (\d+),", name)[1])  # a thread has half as many scores
+        assert len(exponentials) == columns // 2 and exponentials[-1] < dp, f"{name}: waits at {scores} and {dp}"
