@@ -96,6 +96,24 @@ def test_prompt(device, dtype, options):
     check(device, *case(1, 2, 2, tokens // 2, 64, 16, dtype, tokens), **options)
 
 
+@pytest.mark.modes
+@pytest.mark.parametrize("dim,dtype", [(64, torch.bfloat16), (128, torch.float16)], ids=["d64", "d128"])
+@pytest.mark.parametrize("options", [{}, {"causal": False}, {"window": (50, 3), "softcap": 9.0}], ids=str)
+@pytest.mark.parametrize("page_size", [8, 24, 256])
+def test_many_tokens(device, page_size, options, dim, dtype):
+    """Tokens enough for the tiles that attention without pages has; what stands behind a sequence is NaN."""
+    q, pages, table, lens = case(2, 2, 1, 70, dim, page_size, dtype, 150)
+    for b, length in enumerate(lens.tolist()):
+        behind = torch.arange(length, table.shape[1] * page_size)
+        pages[:, table[b, behind // page_size].long(), behind % page_size] = torch.nan
+    out, lse = attend(device, q, pages, table, lens, return_lse=True, **options)
+    exists = pages.nan_to_num()
+    run = plain(table, lens, options)
+    rulers = yardsticks([lambda q, pages: run(q, pages)[:1]], [q, exists], draws(8 * lse.numel()))
+    assert_accurate("out", out, *rulers, 2)
+    assert_lse_close(lse, run(q.double(), exists.double())[1])
+
+
 @pytest.mark.parametrize("num_splits", [None, 1, 7, 10**6])
 def test_splits(device, num_splits, dtype=torch.float32):
     longest = 300 if device.kind == "emulated" else 2600
@@ -276,9 +294,10 @@ def test_errors(change, kind, message):
 
 
 @pytest.mark.devices("emulated", "cuda")
-def test_bad_indices_are_safe_on_the_device(device):
+@pytest.mark.parametrize("tokens,page_size", [(2, 4), (64, 8)])
+def test_bad_indices_are_safe_on_the_device(device, tokens, page_size):
     """Without a host check the kernel goes on with what exists, and the next call raises."""
-    q, pages, table, lens = case(1, 4, 2, 2, 64, 4, torch.bfloat16, 20)
+    q, pages, table, lens = case(1, 4, 2, tokens, 64, page_size, torch.bfloat16, 20)
     for bad_table, bad_lens in (
         (table + 1000, lens),
         (table, lens + 1000),

@@ -31,6 +31,9 @@ MUTATIONS = [
     Mutation(
         "mask_of_other_warp", HOPPER, "(warp_id() & 3) * 16;\n  }\n\n  // Scores", "0;\n  }\n\n  // Scores", "plain"
     ),
+    Mutation("page_of_first_box", HOPPER, "shfl(own_page, row / a.box_rows)", "shfl(own_page, 0)", "plain"),
+    Mutation("slot_of_first_box", HOPPER, "(key + row) % a.table.page_size", "key % a.table.page_size", "plain"),
+    Mutation("stale_values", HOPPER, "a.p.cu_seqlens_k || a.seq_lens;", "a.p.cu_seqlens_k;", "plain"),
     Mutation("sink_dropped", HOPPER, "add_sink(c, out, mask.sink());", ";", "plain"),
     Mutation("nothing_dropped", HOPPER, "    mask.drop_keys(as_fragment(scores), query, key);\n", "", "plain"),
     Mutation(
@@ -74,10 +77,25 @@ def _check_packed():
     _assert_close(out[:40], expected[0].transpose(0, 1))
 
 
+def _check_paged():
+    """Two sequences in pages of 24, boxes of 8; NaN stand behind the first."""
+    q, k, v = (torch.cat([t, t.flip(2)]) for t in _inputs(2, 70, 168))
+    lens, table = torch.tensor([100, 168], dtype=torch.int32), torch.randperm(14).int().view(2, 7)
+    k[0, :, 100:] = v[0, :, 100:] = torch.nan
+    pages = torch.empty(2, 14, 24, 2, 64, dtype=torch.bfloat16)
+    for of, t in zip(pages, (k, v), strict=True):
+        of[table.flatten().long()] = t.transpose(1, 2).reshape(14, 24, 2, 64)
+    out = tw.paged_attention(q, *pages, table, lens)
+    for b, length in enumerate(lens.tolist()):
+        alone = (t[b : b + 1].double() for t in (q, k[:, :, :length], v[:, :, :length]))
+        _assert_close(out[b : b + 1], reference.attention(*alone, causal=True)[0])
+
+
 def check():
     blocks = torch.eye(5, 10, dtype=torch.bool)[None, None] | (torch.arange(10) == 9)
     with architecture(901):
         _check(4, 150, 600, causal=True)
         _check(2, 9, 300, slope=9.0)
         _check_packed()
+        _check_paged()
         _check(2, 150, 300, block_mask=tw.BlockMask(blocks, 32), sink_logits=torch.ones(2), dropout=0.2)

@@ -8,12 +8,17 @@
 #pragma once
 #include "attention/cuda/general.h"
 #include "attention/cuda/mask.h"
+#include "common/paged/cuda/pages.h"
 
 namespace tilewise::attention {
 
 struct ForwardSm90Args {
   TensorMap q, k, v, out;  // (d, rows, heads, batch) with boxes of 64 columns; out is unused for packed sequences
   ForwardParams p;
+  // Of keys and values in pages, else null: their maps are (d, slots, heads, pages), a box is `box_rows` of a page.
+  paged::BlockTable table;
+  const int32_t* seq_lens;
+  int box_rows;
   int tiles;    // of queries, per sequence and head
   int section;  // heads that are worked on together: their keys and values fit into the L2 cache
   uint32_t* fault;
@@ -66,8 +71,10 @@ struct ForwardSm90 {
     const int begin = index / (a.section * a.tiles) * a.section;
     const int heads = min_of(a.section, p.q_heads * p.batch - begin), place = index - begin * a.tiles;
     const int head = begin + place % heads, tile = place / heads, sequence = head / p.q_heads;
-    return {find_sequence(p, sequence, a.fault), sequence, head % p.q_heads,
-            (Mask::kLongestTileLast ? a.tiles - 1 - tile : tile) * kQueries};
+    Work w = {find_sequence(p, sequence, a.fault), sequence, head % p.q_heads,
+              (Mask::kLongestTileLast ? a.tiles - 1 - tile : tile) * kQueries};
+    if (a.seq_lens) w.seq.k_len = paged::length_of(a.table, a.seq_lens, sequence, a.fault);
+    return w;
   }
   // Tiles of keys go from this one down; -1: nobody sees a key.
   SIMT_DEVICE static int first_tile(const Mask& mask, const Work& w) {
@@ -87,12 +94,33 @@ struct ForwardSm90 {
     for (int atom = 0; atom < kAtoms; atom++)
       tma_load_4d(to + atom * Rows * 64, &map, full, atom * 64, row, head, batch);
   }
-  SIMT_DEVICE static void load_keys(bool leader, T* to, const TensorMap& map, uint64_t* full, uint64_t* empty,
-                                    Ring& ring, const Work& w, int tile, int kv_head) {
-    const int stage = ring.stage();
+  // Boxes out of pages. What the sequence or the pool does not have lies outside the map: it arrives as zeros. Every
+  // lane has looked up the page of one box.
+  SIMT_DEVICE static void load_pages(bool leader, T* to, const TensorMap& map, uint64_t* full, const Params& a, int key,
+                                     int kv_head, int own_page) {
+    if (leader) mbar_arrive_expect_tx(full, kKeyBytes);
+    for (int row = 0; row < kKeys; row += a.box_rows) {
+      const int page = shfl(own_page, row / a.box_rows);
+      const int slot = page < 0 ? a.table.page_size : (key + row) % a.table.page_size;
+      if (!leader) continue;
+#pragma unroll
+      for (int atom = 0; atom < kAtoms; atom++)
+        tma_load_4d(to + atom * kKeys * 64 + row * 64, &map, full, atom * 64, slot, kv_head, max_of(page, 0));
+    }
+  }
+  SIMT_DEVICE static int own_page(const Params& a, const Work& w, int key) {
+    const int row = lane_id() * a.box_rows;
+    return row < kKeys && key + row < w.seq.k_len ? paged::page_of(a.table, w.sequence, key + row, a.fault) : -1;
+  }
+  SIMT_DEVICE static void load_keys(bool leader, const Params& a, T* to, const TensorMap& map, uint64_t* full,
+                                    uint64_t* empty, Ring& ring, const Work& w, int tile, int kv_head) {
+    const int stage = ring.stage(), page = a.seq_lens ? own_page(a, w, tile * kKeys) : 0;
     if (ring.reused()) mbar_wait(&empty[stage], ring.phase() ^ 1);
-    load<kKeys>(leader, to + stage * kKeys * D, map, &full[stage], static_cast<int>(w.seq.k_row) + tile * kKeys,
-                kv_head, w.seq.batch);
+    if (a.seq_lens)
+      load_pages(leader, to + stage * kKeys * D, map, &full[stage], a, tile * kKeys, kv_head, page);
+    else
+      load<kKeys>(leader, to + stage * kKeys * D, map, &full[stage], static_cast<int>(w.seq.k_row) + tile * kKeys,
+                  kv_head, w.seq.batch);
     ring.used++;
   }
 
@@ -108,7 +136,7 @@ struct ForwardSm90 {
       if (tile < 0) continue;
       // In the order in which they are used: K, Q, K, V, K, V, ... V.
       const int kv_head = kv_head_of(p, w.head);
-      load_keys(leader, s.k[0], a.k, s.k_full, s.k_empty, keys, w, tile, kv_head);
+      load_keys(leader, a, s.k[0], a.k, s.k_full, s.k_empty, keys, w, tile, kv_head);
       for (int g = 0; g < 2; g++) {
         if (queries > 0) mbar_wait(&s.q_empty[g], static_cast<uint32_t>(queries - 1) & 1);
         load<kGroupQueries>(leader, s.q[g], a.q, &s.q_full[g],
@@ -117,8 +145,8 @@ struct ForwardSm90 {
       queries++;
       for (int next; tile >= 0; tile = next) {
         next = next_tile(mask, w, tile);
-        if (next >= 0) load_keys(leader, s.k[0], a.k, s.k_full, s.k_empty, keys, w, next, kv_head);
-        load_keys(leader, s.v[0], a.v, s.v_full, s.v_empty, values, w, tile, kv_head);
+        if (next >= 0) load_keys(leader, a, s.k[0], a.k, s.k_full, s.k_empty, keys, w, next, kv_head);
+        load_keys(leader, a, s.v[0], a.v, s.v_full, s.v_empty, values, w, tile, kv_head);
       }
     }
   }
@@ -252,8 +280,8 @@ struct ForwardSm90 {
     weigh<Masked>(mask, c, query, key, scale_log2, scores);
   }
 
-  // Rows [first, kKeys) of the values are another sequence's: their weights are zero, but 0 * NaN is NaN. Both groups
-  // together; rows are 128 bytes of an atom, so the swizzle does not matter.
+  // Rows [first, kKeys) of the values are another sequence's, or stale: their weights are zero, but 0 * NaN is NaN.
+  // Both groups together; rows are 128 bytes of an atom, so the swizzle does not matter.
   SIMT_DEVICE static void clear_rows(T* values, int first) {
     constexpr int kChunks = D / 8;
     for (int i = thread_id() - 128; i < (kKeys - first) * kChunks; i += 2 * 128) {
@@ -280,7 +308,8 @@ struct ForwardSm90 {
       weigh<true>(mask, c, query, tile * kKeys, scale_log2, scores);
       c.outgrown = c.adding = false;
     }
-    if (a.p.cu_seqlens_k && (tile + 1) * kKeys > w.seq.k_len) {  // TMA leaves zeros past the end of the tensor only
+    const bool foreign = a.p.cu_seqlens_k || a.seq_lens;  // TMA leaves zeros past the end of the tensor only
+    if (foreign && (tile + 1) * kKeys > w.seq.k_len) {
       wait_for(s.v_full, c.values, c.v);
       clear_rows(s.v[c.values.stage()], w.seq.k_len - tile * kKeys);
     }

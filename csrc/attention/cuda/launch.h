@@ -12,7 +12,9 @@ const char* backward_tensor_cores(const BackwardParams&, const Runtime&);
 // The same on sm_90a, for what tensor maps can describe. The backward wants delta.
 bool serves_sm90(const ForwardParams&);
 bool serves_sm90(const BackwardParams&);
+bool serves_sm90(const PagedParams&);  // many tokens of every sequence
 const char* forward_sm90(const ForwardParams&, const Runtime&);
+const char* paged_sm90(const PagedParams&, const Runtime&);
 const char* backward_sm90(const BackwardParams&, const Runtime&);
 // Every type, alignment and head dim, on the fp32 units.
 const char* forward_any(const ForwardParams&, const Runtime&);

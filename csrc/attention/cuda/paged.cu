@@ -6,7 +6,7 @@
 namespace tilewise::attention {
 
 const char* attend_paged(const PagedParams& p, const Runtime& rt) {
-  return paged::attend_float_pages<WindowVisibility>(p, rt);
+  return serves_sm90(p) ? paged_sm90(p, rt) : paged::attend_float_pages<WindowVisibility>(p, rt);
 }
 
 }  // namespace tilewise::attention

@@ -15,7 +15,10 @@ struct WindowVisibility {
   int left, right, full_first, full_end;
 
   SIMT_DEVICE WindowVisibility(const Params& p, int b, int first_token, int last_token, uint32_t* fault)
-      : length(checked_length(p, b, fault)), shift(length - p.tokens), left(p.window_left), right(p.window_right) {
+      : length(paged::length_of(p.table, p.seq_lens, b, fault)),
+        shift(length - p.tokens),
+        left(p.window_left),
+        right(p.window_right) {
     first = first_key(first_token), end = end_key(last_token);
     full_first = first_key(last_token), full_end = end_key(first_token);
   }
@@ -39,14 +42,6 @@ struct WindowVisibility {
   SIMT_DEVICE int end_key(int token) const {
     const int64_t key = right == kUnlimited ? length : (int64_t)shift + token + right + 1;
     return key < 0 ? 0 : key < length ? (int)key : length;
-  }
-  // seq_lens[b] brought into [0, capacity].
-  SIMT_DEVICE static int checked_length(const Params& p, int b, uint32_t* fault) {
-    const int64_t capacity = (int64_t)p.table.pages_per_row * p.table.page_size;
-    const int length = p.seq_lens[b];
-    if (length >= 0 && length <= capacity) return length;
-    *fault = kBadSeqLen;
-    return length < 0 ? 0 : (int)capacity;
   }
 };
 

@@ -70,8 +70,8 @@ def paged_attention(
 
     Raises:
         ValueError: wrong shape; a negative window or softcap, num_splits below 1; on CPU, negative seq_lens, seq_lens
-            beyond the block table, or pages beyond the pool. On CUDA such keys are skipped and the next tilewise call
-            on the device raises.
+            beyond the block table, or pages beyond the pool. On CUDA such keys are skipped, or read as zeros, and the
+            next tilewise call on the device raises.
         TypeError: wrong dtype.
     """
     return attend_pages(

@@ -7,18 +7,31 @@ namespace tilewise::paged {
 
 using namespace simt;
 
+// The page of `position`, which the table has; -1 if the pool has no such page.
+SIMT_DEVICE int page_of(const BlockTable& table, int b, int position, uint32_t* fault) {
+  const int page = table.pages[b * table.row_stride + position / table.page_size];
+  if (page >= 0 && page < table.pool) return page;
+  *fault = kBadBlockTable;
+  return -1;
+}
+
 // The row of `position` in the page pool, counted in slots; -1 if there is none.
 SIMT_DEVICE int64_t slot_of(const BlockTable& table, int b, int64_t position, uint32_t* fault) {
   if (position < 0 || position >= (int64_t)table.pages_per_row * table.page_size) {
     *fault = kBadSeqLen;
     return -1;
   }
-  const int page = table.pages[b * table.row_stride + (int)position / table.page_size];
-  if (page < 0 || page >= table.pool) {
-    *fault = kBadBlockTable;
-    return -1;
-  }
-  return (int64_t)page * table.page_size + (int)position % table.page_size;
+  const int page = page_of(table, b, (int)position, fault);
+  return page < 0 ? -1 : (int64_t)page * table.page_size + (int)position % table.page_size;
+}
+
+// The length of a sequence, brought into [0, capacity].
+SIMT_DEVICE int length_of(const BlockTable& table, const int32_t* seq_lens, int b, uint32_t* fault) {
+  const int64_t capacity = (int64_t)table.pages_per_row * table.page_size;
+  const int length = seq_lens[b];
+  if (length >= 0 && length <= capacity) return length;
+  *fault = kBadSeqLen;
+  return length < 0 ? 0 : (int)capacity;
 }
 
 SIMT_DEVICE int64_t slot_offset(int64_t slot, int page_size, const PageStrides& s) {
