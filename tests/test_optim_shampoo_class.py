@@ -123,6 +123,29 @@ def test_options_decide_at_the_first_step():
     assert_equal(params, before)
 
 
+def test_overrides():
+    params = parameters([(70, 80), (80, 70)])
+    tw.optim.override(params[1], state_bits=32)
+    optimizer = tw.optim.Shampoo(params)
+    give_gradients(params)
+    optimizer.step()
+    assert ["eigenvalues.70" in optimizer.state[p] for p in params] == [True, False]
+    assert [row.bits for row in optimizer.memory_report()] == [4, 32]
+
+
+def test_states_do_not_convert():
+    """What other optimizers hold has no matrices, and what reshards has none either."""
+    params, optimizer = trained()
+    other = tw.optim.AdamW([{"params": params[:3]}, {"params": params[3:]}])
+    other.step()
+    with pytest.raises(NotImplementedError, match="convert_state_dict: optimizer is a Shampoo"):
+        tw.optim.convert_state_dict(other.state_dict(), optimizer)
+    with pytest.raises(NotImplementedError, match="portable_state_dict: optimizer is a Shampoo"):
+        tw.optim.distributed.portable_state_dict(optimizer)
+    with pytest.raises(NotImplementedError, match="load_portable_state_dict: optimizer is a Shampoo"):
+        tw.optim.distributed.load_portable_state_dict(optimizer, {})
+
+
 def test_grad_scaler_skips_bad_steps():
     [p] = parameters([(70, 80)])
     optimizer, scaler = tw.optim.Shampoo([p], **OFTEN), torch.amp.GradScaler("cpu", init_scale=1024.0)
@@ -148,7 +171,7 @@ WRONG_OPTIONS = [
     ({"weight_decay": -0.1}, ValueError, "weight_decay is -0.1"),
     ({"graft": "adam"}, ValueError, "graft is 'adam'"),
     ({"graft": None}, TypeError, "graft is None"),
-    ({"momentum": 1.0}, ValueError, "momentum is 1.0"),
+    ({"momentum": -1.0}, ValueError, "momentum is -1.0"),
     ({"shampoo_beta": -0.5}, ValueError, "shampoo_beta is -0.5"),
     ({"matrix_eps": "small"}, TypeError, "matrix_eps is 'small'"),
     ({"precondition_interval": 0}, ValueError, "precondition_interval is 0"),
@@ -156,7 +179,8 @@ WRONG_OPTIONS = [
     ({"max_order": 0}, ValueError, "max_order is 0"),
     ({"max_order": 40000}, ValueError, "max_order is 40000"),
     ({"state_bits": 5}, ValueError, "state_bits is 5"),
-    ({"state_bits": 8}, NotImplementedError, "state_bits is 8"),
+    ({"second_moment": "rank1", "state_bits": 8}, NotImplementedError, "second_moment is 'rank1'"),
+    ({"capturable": True}, NotImplementedError, "capturable is True"),
     ({"state_bits": 4.0}, TypeError, "state_bits is 4.0"),
     ({"min_quantized_size": -1}, ValueError, "min_quantized_size is -1"),
     ({"maximize": 1}, TypeError, "maximize is 1"),
@@ -221,7 +245,9 @@ def through_file(value):
     return torch.load(buffer, weights_only=True)
 
 
-@pytest.mark.parametrize("options", [{}, {"state_bits": 32}, {"graft": "sgd"}, {"max_order": 40}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"state_bits": 32}, {"graft": "sgd"}, {"max_order": 40}, {"state_bits": 8}], ids=str
+)
 @pytest.mark.parametrize("way", ["direct", "file"])
 def test_training_continues_bit_identically(options, way):
     params, optimizer = trained(**options)

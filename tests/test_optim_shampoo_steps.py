@@ -216,17 +216,33 @@ def size_of(state):
     return sum(t.numel() * t.element_size() for t in state.values())
 
 
+@pytest.mark.parametrize("graft,ratio", [("adamw", 7.0), ("sgd", 6.0)])
 @pytest.mark.parametrize("shape", [(1024, 1024), (512, 2048)], ids=str)
-def test_state_is_a_sixth(shape):
-    """With everything in it: matrices, moments, counters."""
+def test_state_is_a_sixth(shape, graft, ratio):
+    """With everything in it: matrices, moments, counters. A report says so, before the first step too."""
     sizes = []
     for bits in (4, 32):
         p = torch.nn.Parameter(torch.zeros(shape))
         p.grad = torch.ones(shape)
-        optimizer = tw.optim.Shampoo([p], state_bits=bits)
+        optimizer = tw.optim.Shampoo([p], state_bits=bits, graft=graft)
+        planned = optimizer.memory_report().state_bytes
         optimizer.step()
         sizes.append(size_of(optimizer.state[p]))
-    assert 6.5 * sizes[0] < sizes[1]
+        assert planned == optimizer.memory_report().state_bytes == sizes[-1]
+    assert ratio * sizes[0] < sizes[1]
+
+
+@pytest.mark.parametrize("bits,matrix,moment,momentum", [(4, 4, 64, 256), (8, 4, 256, 256), (32, 32, 80, 80)])
+def test_what_the_bits_decide(bits, matrix, moment, momentum):
+    """8 bits are the moments', beside matrices in 4; SGD's momentum never takes 4."""
+    for graft, name, width in (("adamw", "exp_avg", moment), ("sgd", "momentum_buffer", momentum)):
+        p = torch.nn.Parameter(torch.zeros(70, 80))
+        p.grad = torch.ones(70, 80)
+        optimizer = tw.optim.Shampoo([p], state_bits=bits, graft=graft, **OFTEN)
+        for _ in range(4):
+            optimizer.step()
+        assert optimizer.state[p][name].shape[1] == width
+        assert ("eigenvalues.70" in optimizer.state[p]) == (matrix == 4)
 
 
 def test_small_matrices_stay_in_float32():
@@ -239,7 +255,7 @@ def test_small_matrices_stay_in_float32():
     quantized = lambda n: {f"{name}.{n}" for name in in_4_bits}  # noqa: E731
     full = lambda n: {f"statistics.{n}", f"root.{n}"}  # noqa: E731
     assert names == [full(63) | quantized(64), quantized(64) | quantized(70), full(10) | quantized(500)]
-    assert [optimizer.state[p].get("scales") is not None for p in params] == [False, True, True]
+    assert ["exp_avg_scale" in optimizer.state[p] for p in params] == [False, True, True]
 
 
 # ---- gradients that are not finite, or zero ----
@@ -282,7 +298,7 @@ def test_zero_and_first_bad_gradients(device, bits):
     assert p.isnan().any()
     with torch.no_grad():
         p.copy_(before)
-        optimizer.state[p]["momentum_buffer"].zero_()
+        del optimizer.state[p]
     for _ in range(3):
         give_gradients([p])
         optimizer.step()
@@ -325,6 +341,19 @@ def test_strided_parameters(device, bits):
             optimizer.step()
     for p, q in zip(dense, strided, strict=True):
         assert torch.equal(p, q) and not q.is_contiguous()
+
+
+def test_16_bit_parameters_with_masters_train_as_wide_ones(device):
+    [p] = parameters(device, [(70, 66)], torch.bfloat16)
+    [wide] = copies([p.detach().float()])
+    optimizers = [tw.optim.Shampoo([q], lr=0.1, master_weights=True, **OFTEN) for q in (p, wide)]
+    for _ in range(4):
+        give_gradients([p])
+        wide.grad = p.grad.float()
+        for optimizer in optimizers:
+            optimizer.step()
+    assert relative(p.detach().float().cpu(), wide.detach().cpu()) < 2**-8
+    assert optimizers[0].state[p]["residual"].any()
 
 
 def test_autocast_does_not_reach_the_matrices(device):

@@ -68,10 +68,13 @@ class LowBitOptimizer(Optimizer):
     rule: str
     first: str | None = None  # names of the moments in a parameter's state, those of torch.optim
     second: str | None = None
+    lacks: tuple[str, ...] = ()  # options of all that it does not have
+    moments_alone = True  # whether nothing else is kept, so that states of other optimizers convert
+    host_tensors: tuple[str, ...] = ("step",)  # of a state, those in host memory unless ``capturable``
 
     def __init__(self, params, options: dict, **own):
         what = type(self).__name__
-        defaults = own | complete(what, options, () if self.second else ("second_moment",))
+        defaults = own | complete(what, options, self.lacks if self.second else (*self.lacks, "second_moment"))
         check_group(what, defaults, defaults)
         self.options, self._rows = tuple(defaults), {}
         super().__init__(params, defaults | {"state_version": STATE_VERSION})
@@ -83,6 +86,10 @@ class LowBitOptimizer(Optimizer):
         """The fields of step.Options that this optimizer's own options are."""
         raise NotImplementedError
 
+    def rule_of(self, group: dict) -> tuple[str, str | None, str | None]:
+        """(rule, name of the first moment, name of the second)."""
+        return self.rule, self.first, self.second
+
     def moments(self, group: dict) -> dict[str, bool]:
         """{name of a moment that is kept: whether it is signed}, the first moment first."""
         names = {self.first: True} if self.first and group.get("momentum", 1) > 0 else {}
@@ -91,6 +98,16 @@ class LowBitOptimizer(Optimizer):
     def new_moment(self, form: forms.Form, name: str, shape, group: dict, device) -> dict:
         """The tensors of a moment before the first step."""
         return forms.zeros(form, name, shape, device)
+
+    def other_tensors(self, where: str, p, group: dict, state: dict) -> dict:
+        """{name: (dtype, shape)} of what a state holds beside counter, moments and residual.
+
+        Of a new one if ``state`` is empty. Raises ValueError or TypeError, after ``where``, if ``state`` does not tell.
+        """
+        return {}
+
+    def check_values(self, where: str, state: dict) -> None:
+        """Raises ValueError if those tensors have values that no step leaves."""
 
     def planned_forms(self, p, group) -> dict[str, forms.Form]:
         """{name of a moment that is kept: the form that a new one gets}."""
@@ -211,7 +228,7 @@ class LowBitOptimizer(Optimizer):
             state["step"] = state["step"].to(counter)
         none = torch.empty(0, device=param.device)
         columns, rows, kept = [], 0, self.moments(group)
-        for name in (self.first, self.second):
+        for name in self.rule_of(group)[1:]:
             form = forms.find(state, name) if name in kept else None
             columns.append(none if form is None else state.get(name, none))
             columns.append(none if form is None or form.scale is None else state[name + form.scale])
@@ -224,8 +241,9 @@ class LowBitOptimizer(Optimizer):
     def _step_rows(self, group, params, grads, rows):
         device = params[0].device
         lr, lr_tensor = learning_rate(group["lr"], device)
+        rule, first_name, second_name = self.rule_of(group)
         options = Options(
-            self.rule,
+            rule,
             lr,
             weight_decay=group["weight_decay"],
             maximize=group["maximize"],
@@ -242,10 +260,10 @@ class LowBitOptimizer(Optimizer):
             grads,
             list(steps),
             options,
-            first=first if self.first in kept else (),
-            first_scales=first_scales if self.first in kept else (),
-            second=second if self.second in kept else (),
-            second_scales=second_scales if self.second in kept else (),
+            first=first if first_name in kept else (),
+            first_scales=first_scales if first_name in kept else (),
+            second=second if second_name in kept else (),
+            second_scales=second_scales if second_name in kept else (),
             residuals=residuals if any("residual" in state for state in states) else (),
             rows=matrix_rows if any(matrix_rows) else (),
             streams=streams,
@@ -256,8 +274,3 @@ class LowBitOptimizer(Optimizer):
         for index, row in zip(indices, rows, strict=True):
             if self._rows.get(index) is not row:
                 self.state[row.p], self._rows[index] = row.state, row
-
-    def _check_capture(self):
-        """Raises while a CUDA graph is captured unless all groups are capturable."""
-        newer = getattr(self, "_accelerator_graph_capture_health_check", None)
-        (newer or self._cuda_graph_capture_health_check)()

@@ -3,6 +3,7 @@
 Format, version 3 (``param_groups[i]["state_version"]``): per parameter ``step`` float32 scalar; each moment under the
 name that torch.optim gives it, in one of the forms of tilewise.optim.forms; ``residual`` int16 of the parameter's shape
 where a bfloat16 parameter has a float32 master. In row-major order of the parameter's elements.
+Shampoo's matrices: tilewise.optim.shampoo_state.
 Versions 1 and 2 kept the scales of both moments of AdamW side by side in ``scales``; such a dict raises here, and
 version 2 converts (:func:`tilewise.optim.convert_state_dict`).
 """
@@ -92,17 +93,24 @@ def _check_groups(what, optimizer, saved):
 def check_state(where, optimizer, state, p, group) -> None:
     """Raises unless a parameter's state in this package's format fits it."""
     _expect(*where.split(": ", 1), state, dict)
-    expected = _expected_tensors(where, optimizer, state, p, group)
-    if set(state) != set(expected):
-        raise ValueError(f"{where} has {sorted(map(str, state))}, expected {sorted(expected)}")
-    for name, (dtype, shape) in expected.items():
-        _check_tensor(f"{where}['{name}']", state[name], dtype, shape)
+    expected = check_tensors_fit(where, optimizer, state, p, group)
     step = float(state["step"])
     if not (0 <= step < 2**24 and step == int(step)):
         raise ValueError(f"{where}['step'] is {step}, expected an integer, 0 <= step < 2^24")
     for name in expected:
         if name.endswith(SCALES) and not bool(((state[name] >= 0) & state[name].isfinite()).all()):
             raise ValueError(f"{where}['{name}'] has values that are negative or not finite")
+    optimizer.check_values(where, state)
+
+
+def check_tensors_fit(where, optimizer, state, p, group) -> dict:
+    """The same without looking at values; returns {name: (dtype, shape)}."""
+    expected = _expected_tensors(where, optimizer, state, p, group)
+    if set(state) != set(expected):
+        raise ValueError(f"{where} has {sorted(map(str, state))}, expected {sorted(expected)}")
+    for name, (dtype, shape) in expected.items():
+        check_tensor(f"{where}['{name}']", state[name], dtype, shape)
+    return expected
 
 
 SCALES = ("_scale", "_maxima", "_means")
@@ -111,7 +119,7 @@ SCALES = ("_scale", "_maxima", "_means")
 def _expected_tensors(where, optimizer, state, p, group):
     """{name: (dtype, shape)}, in the forms that the state's names tell."""
     expected = {"step": (torch.float32, ())}
-    found = {name: forms.find(state, name) for name in (optimizer.first, optimizer.second) if name}
+    found = {name: forms.find(state, name) for name in optimizer.rule_of(group)[1:] if name}
     kept, shape = optimizer.moments(group), local(p).shape
     for name, form in found.items():
         if name in kept or form is not None:
@@ -121,7 +129,7 @@ def _expected_tensors(where, optimizer, state, p, group):
         raise ValueError(f"{where} has moments in {held[0].bits} and {held[1].bits} bits, expected the same bits")
     if "residual" in state and p.dtype is torch.bfloat16:
         expected["residual"] = (torch.int16, tuple(shape))
-    return expected
+    return expected | optimizer.other_tensors(where, p, group, state)
 
 
 def _layout(where, form, name, shape):
@@ -130,7 +138,7 @@ def _layout(where, form, name, shape):
     return form.layout(name, shape)
 
 
-def _check_tensor(where, value, dtype, shape):
+def check_tensor(where, value, dtype, shape):
     if not isinstance(value, torch.Tensor) or value.layout is not torch.strided:
         raise TypeError(f"{where} is a {type(value).__name__}, expected a dense tensor")
     if value.dtype != dtype:
@@ -148,9 +156,9 @@ def _copies(optimizer, state_dict, owners):
     state = type(optimizer.state)(dict)
     for index, values in state_dict["state"].items():
         p, group = owners[index]
-        device = local(p).device
+        device, host = local(p).device, () if group["capturable"] else optimizer.host_tensors
         state[p] = {
-            name: value.detach().to(device if name != "step" or group["capturable"] else "cpu", copy=True).contiguous()
+            name: value.detach().to("cpu" if name in host else device, copy=True).contiguous()
             for name, value in values.items()
         }
     groups = []

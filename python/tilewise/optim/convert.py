@@ -29,13 +29,15 @@ def convert_state_dict(state_dict: dict, optimizer) -> dict:
     Raises:
         ValueError: other parameters or groups; states of another optimizer; truncated states.
         TypeError: not a dict of that kind.
-        NotImplementedError: a state that no rule here has: ``amsgrad``, ``centered``, bitsandbytes without blocks.
+        NotImplementedError: a state that no rule here has: ``amsgrad``, ``centered``, bitsandbytes without blocks;
+            :class:`Shampoo`, whose matrices no other options give.
 
     Example::
 
         optimizer = tilewise.optim.AdamW(model.parameters(), state_bits=4)
         optimizer.load_state_dict(convert_state_dict(torch.load("bitsandbytes.pt"), optimizer))
     """
+    expect_moments_alone(WHAT, optimizer)
     expect_outline(WHAT, state_dict)
     owners = match_params(WHAT, optimizer, state_dict["param_groups"])
     for index in state_dict["state"]:
@@ -56,6 +58,13 @@ def convert_state_dict(state_dict: dict, optimizer) -> dict:
         if found is not None:
             state[index] = encoded_state(optimizer, p, new_groups[index], *found)
     return {"state": state, "param_groups": groups}
+
+
+def expect_moments_alone(what, optimizer) -> None:
+    """Raises for an optimizer whose states are not moments alone."""
+    if not optimizer.moments_alone:
+        name = type(optimizer).__name__
+        raise NotImplementedError(f"{what}: optimizer is a {name}, expected one that keeps moments alone")
 
 
 def encoded_state(optimizer, p, group, step, moments, residual=None) -> dict:

@@ -21,7 +21,7 @@ import torch
 
 from tilewise.optim import forms
 from tilewise.optim.checkpoint import expect_outline
-from tilewise.optim.convert import encoded_state
+from tilewise.optim.convert import encoded_state, expect_moments_alone
 from tilewise.optim.options import STATE_OPTIONS, check_group
 from tilewise.optim.tensors import is_sharded, local
 
@@ -37,7 +37,11 @@ def portable_state_dict(optimizer) -> dict:
     Returns:
         ``state``: {name: {``step``, moments by the names of torch.optim, ``residual`` as int32}}, names being those the
         optimizer was given, or "group.index"; ``param_groups``: plain hyperparameters.
+
+    Raises:
+        NotImplementedError: of :class:`Shampoo`, whose matrices belong to one sharding.
     """
+    expect_moments_alone("portable_state_dict", optimizer)
     state, groups = {}, []
     for names, group in _named_groups(optimizer):
         for name, p in zip(names, group["params"], strict=True):
@@ -60,6 +64,7 @@ def load_portable_state_dict(optimizer, state_dict: dict) -> None:
         ValueError, TypeError, NotImplementedError: it does not fit this optimizer; nothing is changed.
     """
     what = "load_portable_state_dict"
+    expect_moments_alone(what, optimizer)
     expect_outline(what, state_dict)
     saved_groups = state_dict["param_groups"]
     if len(saved_groups) != len(optimizer.param_groups):

@@ -1,5 +1,6 @@
 """What an optimizer's states take, parameter by parameter."""
 
+import math
 from typing import NamedTuple
 
 from tilewise.optim import forms
@@ -83,6 +84,8 @@ def _row(optimizer, group, p, name):
     size = sum(forms.nbytes(form, moment, shape) for moment, form in held.items()) + 4  # and the step counter
     if group["master_weights"] and str(p.dtype) == "torch.bfloat16":
         size += 2 * local(p).numel()
+    others = optimizer.other_tensors("memory_report", p, group, state)
+    size += sum(dtype.itemsize * math.prod(shape) for dtype, shape in others.values())
     kinds = list(held.values())
     bits, form = (kinds[0].bits, kinds[-1].label) if kinds else (0, "none")
     return ParameterMemory(

@@ -29,6 +29,7 @@ COMMON = {
 # What decides how states look, rather than what is computed.
 STATE_OPTIONS = ("state_bits", "block_size", "second_moment", "min_quantized_size")
 SECOND_MOMENTS = ("block", "rank1", "factored")
+GRAFTS = ("adamw", "sgd")  # of Shampoo
 
 
 def complete(operation: str, options: dict, without: tuple = ()) -> dict:
@@ -133,11 +134,14 @@ def _block_size(operation, name, value):
         _integer(least=1)(operation, name, value)
 
 
-def _second_moment(operation, name, value):
-    if not isinstance(value, str):
-        raise TypeError(f"{operation}: {name} is {value!r}, expected a str")
-    if value not in SECOND_MOMENTS:
-        raise ValueError(f"{operation}: {name} is {value!r}, expected one of {', '.join(SECOND_MOMENTS)}")
+def _one_of(choices):
+    def check(operation, name, value):
+        if not isinstance(value, str):
+            raise TypeError(f"{operation}: {name} is {value!r}, expected a str")
+        if value not in choices:
+            raise ValueError(f"{operation}: {name} is {value!r}, expected one of {', '.join(choices)}")
+
+    return check
 
 
 CHECKS = {
@@ -154,6 +158,12 @@ CHECKS = {
     "centered": _unserved_flag,
     "lr_decay": _number(),
     "initial_accumulator_value": _number(),
+    "graft": _one_of(GRAFTS),
+    "precondition_interval": _integer(least=1, at_most=2**31),
+    "root_interval": _integer(least=1, at_most=2**31),
+    "shampoo_beta": _number(below=1),
+    "matrix_eps": _number(),
+    "max_order": _integer(least=1, at_most=1 << 15),
     "maximize": _flag,
     "capturable": _flag,
     "foreach": _flag_or_none,
@@ -161,7 +171,7 @@ CHECKS = {
     "differentiable": _unserved_flag,
     "state_bits": _state_bits,
     "block_size": _block_size,
-    "second_moment": _second_moment,
+    "second_moment": _one_of(SECOND_MOMENTS),
     "min_quantized_size": _integer(least=0),
     "stochastic_rounding": _flag,
     "seed": _integer(),
@@ -171,7 +181,7 @@ CHECKS = {
 
 def _check_states(operation, group):
     """What several options must agree on."""
-    bits, block = group["state_bits"], group["block_size"]
+    bits, block = group["state_bits"], group.get("block_size")
     if block is not None and (block != BLOCK[bits] if bits in BLOCK else block not in BLOCK.values()):
         served = BLOCK.get(bits, "128 or 256")
         raise NotImplementedError(f"{operation}: block_size is {block}, expected {served} (no kernel serves another)")
@@ -179,3 +189,7 @@ def _check_states(operation, group):
         raise NotImplementedError(f"{operation}: second_moment is 'rank1' with state_bits {bits}, expected 4")
     if group["master_weights"] and group["stochastic_rounding"]:
         raise ValueError(f"{operation}: stochastic_rounding is True with master_weights, expected False")
+    if "graft" in group and group["capturable"]:
+        raise NotImplementedError(
+            f"{operation}: capturable is True, expected False (factorisations wait for the device)"
+        )
