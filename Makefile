@@ -10,11 +10,12 @@ SANITIZERS := $(shell g++ -print-file-name=libasan.so) $(shell g++ -print-file-n
 SANITIZER_OPTIONS := detect_leaks=0:detect_stack_use_after_return=0:verify_asan_link_order=0
 FAMILY ?=
 
-.PHONY: help demo test build bench bench-cpp gpu-report lint format wheel-check clean
+.PHONY: help demo test build bench bench-cpp study gpu-report lint format wheel-check clean
 help:
 	@echo 'make demo         train two small models on real text and decode with token trees (4 minutes)'
 	@echo 'make test         every test; CUDA kernels run emulated, race-checked and sanitized'
 	@echo 'make bench        every kernel beside torch (FAMILY=attention for one)'
+	@echo 'make study        train with states of 32, 8 and 4 bits, and compare where they end'
 	@echo 'make gpu-report   build, test, record and measure on a machine with a GPU (FAMILY=... to split)'
 	@echo 'make lint | format | wheel-check | bench-cpp | clean'
 
@@ -50,6 +51,12 @@ bench-cpp: build/.environment
 	$(CONFIGURE) -B build/bench -DTILEWISE_CUDA=OFF -DTILEWISE_INPLACE=OFF -DTILEWISE_BENCH=ON
 	$(PY) -m cmake --build build/bench
 	@for program in build/bench/bench/bench_*; do test -x $$program -a -f $$program && $$program; done
+
+study: build/.environment
+	$(PY) -m pip install -q scikit-learn
+	$(CONFIGURE) -B build/demo -DTILEWISE_CUDA=$(DEMO_CUDA)
+	$(PY) -m cmake --build build/demo
+	$(PY) tools/optim_study.py
 
 # Needs only nvcc, cmake, ninja, torch, pybind11 and pytest on the machine.
 gpu-report:
