@@ -79,6 +79,22 @@ def structured_shards(mesh):
             assert (p - q).abs().max() < 0.1 and not torch.equal(p, torch.zeros_like(p))
 
 
+def shampoo_shards(mesh):
+    """A shard is a matrix of its own: as on plain parameters that are the shards."""
+    sharded, whole = pairs(mesh)
+    parts = [torch.nn.Parameter(local(p).detach().clone()) for p in sharded]
+    options = {"lr": 0.1, "state_bits": 32, "max_order": 512, "precondition_interval": 1, "root_interval": 2}
+    optimizer, other = tw.optim.Shampoo(sharded, **options), tw.optim.Shampoo(parts, **options)
+    for _ in range(3):
+        give_gradients(whole)
+        for p, part, q in zip(sharded, parts, whole, strict=True):
+            p.grad = shard(q.grad, mesh)
+            part.grad = local(p.grad).clone()
+        optimizer.step(), other.step()
+    assert_equal([local(p) for p in sharded], parts)
+    other.load_state_dict(optimizer.state_dict())
+
+
 def streams(mesh):
     """Shards draw different random bits, replicas the same."""
     p = torch.nn.Parameter(shard(torch.randn(8, 4), mesh))
@@ -206,6 +222,7 @@ def work(rank, world, folder, others):
     mesh = init_device_mesh("cpu", (world,))
     sharded_steps(mesh)
     structured_shards(mesh)
+    shampoo_shards(mesh)
     streams(mesh)
     fsdp(mesh)
     portable(mesh, folder, world)

@@ -221,6 +221,18 @@ def test_wrong_parameters():
         assert torch.equal(first[0], before) and not optimizer.state
 
 
+def test_a_gradient_of_another_shape():
+    params = parameters([(66, 70), (70, 66)])
+    give_gradients(params)
+    params[1].data = torch.randn(66, 70)
+    before = [p.detach().clone() for p in params]
+    optimizer = tw.optim.Shampoo(params, **OFTEN)
+    with pytest.raises(ValueError, match=r"Shampoo: a gradient has shape \(70, 66\)"):
+        optimizer.step()
+    assert_equal(params, before)
+    assert not optimizer.state
+
+
 def test_a_parameter_that_changed_its_shape():
     params, optimizer = trained()
     before = params[1].detach().clone()

@@ -139,11 +139,9 @@ class Shampoo(LowBitOptimizer):
         return state if held else state | shampoo_state.new_tensors(local(p), resolved(p, group))
 
     def other_tensors(self, where, p, group, state):
-        return (
-            shampoo_state.found(where, local(p), state)
-            if state
-            else shampoo_state.planned(local(p), resolved(p, group))
-        )
+        if not state:
+            return shampoo_state.planned(local(p), resolved(p, group))
+        return shampoo_state.found(where, local(p), state)
 
     def check_values(self, where, state):
         shampoo_state.check_values(where, state)
@@ -166,6 +164,8 @@ class Shampoo(LowBitOptimizer):
         for name, t in (("param", p), ("a gradient", grad)):
             if t.dtype not in _FLOATS:
                 raise TypeError(f"Shampoo: {name} has dtype {t.dtype}, expected float32, bfloat16 or float16")
+        if grad.shape != p.shape:
+            raise ValueError(f"Shampoo: a gradient has shape {tuple(grad.shape)}, expected {tuple(p.shape)}")
         if any(size > 1 and stride == 0 for size, stride in zip(p.shape, p.stride(), strict=True)):
             raise ValueError(f"Shampoo: param has strides {p.stride()}, expected elements that do not overlap")
         check_tensors_fit("Shampoo: a state", self, row.state, row.p, group)
