@@ -392,10 +392,11 @@ def train(seed, make_optimizer, steps=240):
 
 @pytest.mark.parametrize("graft,lr", [("adamw", 5e-3), ("sgd", 0.1)])
 def test_training_reaches_the_same_loss(graft, lr):
-    """Over three seeds: within 1 % of 32 bits, far below where it began."""
+    """Over three seeds: within 1 % of 32 bits, with moments in 8 bits within 0.3 %, far below where it began."""
     options = {"lr": lr, "graft": graft, "weight_decay": 0.0, "precondition_interval": 5, "root_interval": 10}
     run = lambda bits: [train(s, lambda p: tw.optim.Shampoo(p, state_bits=bits, **options)) for s in range(3)]  # noqa: E731
-    ours, theirs = run(4), run(32)
+    ours, wider, theirs = run(4), run(8), run(32)
     mean = lambda runs, i: sum(run[i] for run in runs) / len(runs)  # noqa: E731
     assert mean(theirs, 0) < 0.4 * mean(theirs, 1)
     assert mean(ours, 0) < 1.01 * mean(theirs, 0)
+    assert mean(wider, 0) < 1.003 * mean(theirs, 0)
