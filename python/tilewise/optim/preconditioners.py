@@ -147,10 +147,27 @@ def update_statistics(jobs, beta) -> None:
             weight = torch.where(usable, 1 - beta, 0.0)[:, None, None]
             _scatter(slots, "statistics", torch.lerp(_gather(slots, "statistics"), x @ x.mT, weight))
         elif batch[0].first:
-            values, columns = torch.linalg.eigh((1 - beta) * (x @ x.mT))
+            values, columns = _decompose((1 - beta) * (x @ x.mT))
             _keep_eigenvectors(slots, values.flip(-1), columns.mT.flip(-2))
         else:
             _keep_eigenvectors(slots, *_iterate(slots, x, beta), usable)
+
+
+RIDGE = 2.0**-20  # of the largest element
+
+
+def _decompose(matrices):
+    """Eigenvalues, ascending, and eigenvectors in columns, of symmetric matrices.
+
+    Where rows hardly ever see a gradient, elements lie tens of decades below the largest, and LAPACK's float32 solver
+    may fail, or return NaN. Those far below its rounding are dropped, and a ridge keeps the rest from being singular.
+    """
+    top = matrices.abs().amax((1, 2), keepdim=True)
+    scaled = matrices / torch.where(top > 0, top, 1)
+    scaled = scaled.where(scaled.abs() > 2.0**-40, 0)
+    scaled.diagonal(dim1=1, dim2=2).add_(RIDGE)
+    values, columns = torch.linalg.eigh(scaled)
+    return (values - RIDGE) * top[..., 0], columns
 
 
 def _iterate(slots, x, beta):
@@ -195,7 +212,7 @@ def compute_roots(slots, eps) -> None:
             rows = orthonormalize(_dequantize(batch, EIGENVECTORS), steps=RECTIFICATIONS)
             values = _gather(batch, "eigenvalues")
         else:
-            values, columns = torch.linalg.eigh(_gather(batch, "statistics"))
+            values, columns = _decompose(_gather(batch, "statistics"))
             rows = columns.mT
         root = (rows * _inverse_fourth_roots(values, eps)[..., None]).mT @ rows
         kept = quantize_matrix(root, keep_diagonal=True) if batch[0].quantized else (root,)
