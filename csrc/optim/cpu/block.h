@@ -37,21 +37,15 @@ TILEWISE_INLINE uint32_t largest_magnitude_bits(const BlockValues (&x)[kPieces])
   return top;
 }
 
-template <class First, int kPieces>
-TILEWISE_INLINE void write_first(Held held, const BlockValues (&m)[kPieces]) {
-  if constexpr (First::kQuantised) *held.scale = signed_scale<typename First::Codec>(m);
-  if constexpr (First::kKept) {
-#pragma GCC unroll 2
-    for (int piece = 0; piece < kPieces; piece++) First::write(held, piece, m[piece]);
-  }
+template <class First, class Second, int kPieces>
+TILEWISE_INLINE void write_scales(Held first, Held second, const BlockValues (&m)[kPieces], uint32_t top) {
+  if constexpr (First::kQuantised) *first.scale = signed_scale<typename First::Codec>(m);
+  if constexpr (Second::kQuantised) *second.scale = max_of(bits_to_float(top), Second::Codec::kMinUnsigned);
 }
-template <class Second, int kPieces>
-TILEWISE_INLINE void write_second(Held held, const BlockValues (&v)[kPieces], uint32_t top) {
-  if constexpr (Second::kQuantised) *held.scale = max_of(bits_to_float(top), Second::Codec::kMinUnsigned);
-  if constexpr (Second::kAveraged) {
-#pragma GCC unroll 2
-    for (int piece = 0; piece < kPieces; piece++) Second::write(held, piece, v[piece]);
-  }
+template <class First, class Second>
+TILEWISE_INLINE void write(Held first, Held second, int piece, const BlockValues& m, const BlockValues& v) {
+  if constexpr (First::kKept) First::write(first, piece, m);
+  if constexpr (Second::kAveraged) Second::write(second, piece, v);
 }
 
 // Quantised moments that are not finite restart from zero, so that one bad gradient does not reach the other elements
@@ -93,6 +87,9 @@ __attribute__((noinline)) void step_block(P* p, const G* g, Held first, Held sec
   if constexpr (kQuick)
     if (__builtin_expect(top >= kInfinityBits || k.careful, 0))
       return step_block<Rule_, First, Second, false>(p, g, first, second, k);
+  // Where the moments are final already, a half is encoded behind its update, in the shadow of the square roots.
+  constexpr bool kAtOnce = kQuick && Rule_::kFirstIsFinite;
+  if constexpr (kAtOnce) write_scales<First, Second>(first, second, m, top);
 #pragma GCC unroll 2
   for (int piece = 0; piece < kPieces; piece++) {
 #pragma GCC unroll 16
@@ -100,15 +97,17 @@ __attribute__((noinline)) void step_block(P* p, const G* g, Held first, Held sec
       const int at = piece * kBlock + i * W;
       store(p + at, Rule_::template updated<kQuick>(load(p + at), load(g + at), m[piece][i], v[piece][i], k));
     }
+    if constexpr (kAtOnce) write<First, Second>(first, second, piece, m[piece], v[piece]);
   }
-  constexpr bool kQuantised = First::kQuantised || Second::kQuantised;
-  if constexpr (kQuantised && !(kQuick && Rule_::kFirstIsFinite)) {
+  if constexpr (kAtOnce) return;
+  if constexpr (First::kQuantised || Second::kQuantised) {
     if constexpr (First::kQuantised) top = max_of(top, largest_magnitude_bits(m));
     if (__builtin_expect(top >= kInfinityBits, 0)) drop_nonfinite<First, Second>(m, v);
     if constexpr (Second::kQuantised) top = largest_bits(v);
   }
-  write_first<First>(first, m);
-  write_second<Second>(second, v, top);
+  write_scales<First, Second>(first, second, m, top);
+#pragma GCC unroll 2
+  for (int piece = 0; piece < kPieces; piece++) write<First, Second>(first, second, piece, m[piece], v[piece]);
 }
 
 }  // namespace

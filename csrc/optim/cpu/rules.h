@@ -30,7 +30,7 @@ TILEWISE_INLINE VF quotient(VF a, VF b) {
 struct Adam {
   static constexpr Rule kRule = Rule::adam;
   static constexpr bool kSecond = true;
-  static constexpr bool kFirstIsFinite = true;  // where the second moment is
+  static constexpr bool kFirstIsFinite = true;  // where the second moment is, and `updated` leaves it alone
   static float first_factor(const StepConstants& k) { return k.beta1; }
   TILEWISE_INLINE static void average(VF g, VF& m, const StepConstants& k) { m = g * set1(k.grad_weight) + m; }
   template <bool kFast>
