@@ -1,8 +1,8 @@
 // What the rules of a call (params.h) say about one head of one sequence: which keys a range of rows can see at all, so
 // that whole blocks are skipped, and, row by row, what is added to scores. Scores are in base 2.
 #pragma once
-#include "common/philox.h"
 #include "attention/cpu/problem.h"
+#include "common/philox.h"
 
 namespace tilewise {
 namespace {
