@@ -4,6 +4,7 @@ import io
 from functools import partial
 from typing import NamedTuple
 
+import pytest
 import torch
 
 import tilewise as tw
@@ -113,3 +114,10 @@ def assert_same_state(a, b):
     for index, state in a["state"].items():
         assert state.keys() == b["state"][index].keys()
         assert all(torch.equal(t, b["state"][index][name]) for name, t in state.items())
+
+
+def rejected(optimizer, state_dict, error, match):
+    before = snapshot(optimizer)
+    with pytest.raises(error, match=match):
+        optimizer.load_state_dict(state_dict)
+    assert_same_state(snapshot(optimizer), before)

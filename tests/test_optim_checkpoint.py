@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tilewise as tw
+from harness.spoil import spoil_anywhere
 from optimizer_cases import (
     MAKERS,
     assert_equal,
@@ -16,6 +17,7 @@ from optimizer_cases import (
     copies,
     give_gradients,
     parameters,
+    rejected,
     snapshot,
     through_file,
     train,
@@ -83,13 +85,6 @@ def test_names_and_further_keys_of_groups_survive():
     other.load_state_dict(optimizer.state_dict())
     assert other.param_groups[0]["param_names"] == ["0", "1", "2", "3", "4"]
     assert other.param_groups[0]["initial_lr"] == 1e-3
-
-
-def rejected(optimizer, state_dict, error, match):
-    before = snapshot(optimizer)
-    with pytest.raises(error, match=match):
-        optimizer.load_state_dict(state_dict)
-    assert_same_state(snapshot(optimizer), before)
 
 
 def spoil_tensor(index, name, change):
@@ -170,38 +165,10 @@ def test_foreign_state_dict_changes_nothing():
 @every_optimizer
 def test_state_dicts_of_other_optimizers_change_nothing(make):
     _, optimizer = trained(make)
-    for name, other in MAKERS.items():
-        if other.func not in (
-            make.func,
-            *make.func.__mro__,
-            *(c for c in (tw.optim.AdamW,) if make.func is tw.optim.Adam),
-        ):
-            (
-                rejected(
-                    optimizer, trained(other)[1].state_dict(), ValueError, f"{make.func.__name__}.load_state_dict"
-                ),
-                name,
-            )
-
-
-values = st.one_of(
-    st.none(), st.integers(-2, 200), st.floats(), st.text(max_size=3), st.just(torch.zeros(3)), st.just({}), st.just([])
-)
-
-
-def spoil_anywhere(data, state_dict):
-    """Deletes or replaces one entry at any depth."""
-    here = state_dict
-    while True:
-        key = data.draw(st.sampled_from(list(here) if isinstance(here, dict) else range(len(here))))
-        deeper = isinstance(here[key], (dict, list)) and len(here[key])
-        if not deeper or data.draw(st.integers(0, 3)) == 0:
-            break
-        here = here[key]
-    if data.draw(st.booleans()):
-        del here[key]
-    else:
-        here[key] = data.draw(values)
+    alike = {*make.func.__mro__, tw.optim.AdamW} if make.func is tw.optim.Adam else {*make.func.__mro__}
+    for other in MAKERS.values():
+        if other.func not in alike:
+            rejected(optimizer, trained(other)[1].state_dict(), ValueError, f"{make.func.__name__}.load_state_dict")
 
 
 SPOILED = {}  # parameters and optimizers of test_any_state_dict, made once

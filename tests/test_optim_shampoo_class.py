@@ -1,7 +1,6 @@
 """tw.optim.Shampoo as a torch.optim.Optimizer: groups, closures, schedulers, wrong options, saving and loading."""
 
 import copy
-import io
 import pickle
 
 import pytest
@@ -10,6 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tilewise as tw
+from harness.spoil import spoil_anywhere
+from optimizer_cases import assert_equal, assert_same_state, copies, give_gradients, rejected, snapshot, through_file
 
 SHAPES = [(66, 70), (64, 5, 3), (5,), (), (0, 3), (70, 66)]
 OFTEN = {"precondition_interval": 1, "root_interval": 2}
@@ -26,21 +27,6 @@ def one_thread():
 
 def parameters(shapes=SHAPES, dtype=torch.float32):
     return [torch.nn.Parameter(torch.randn(shape, dtype=dtype)) for shape in shapes]
-
-
-def copies(params):
-    return [torch.nn.Parameter(p.detach().clone()) for p in params]
-
-
-def give_gradients(*lists):
-    for same in zip(*lists, strict=True):
-        grad = torch.randn_like(same[0])
-        for p in same:
-            p.grad = grad.clone()
-
-
-def assert_equal(a, b):
-    assert all(torch.equal(p, q) for p, q in zip(a, b, strict=True))
 
 
 def trained(steps=3, graft="adamw", **options):
@@ -250,13 +236,6 @@ def fresh_like(params, **options):
     return twins, tw.optim.Shampoo([{"params": twins[:3]}, {"params": twins[3:]}], **options)
 
 
-def through_file(value):
-    buffer = io.BytesIO()
-    torch.save(value, buffer)
-    buffer.seek(0)
-    return torch.load(buffer, weights_only=True)
-
-
 @pytest.mark.parametrize(
     "options", [{}, {"state_bits": 32}, {"graft": "sgd"}, {"max_order": 40}, {"state_bits": 8}], ids=str
 )
@@ -286,24 +265,6 @@ def test_deepcopy_and_pickle(twin):
     assert_equal(params, twins)
     optimizer.step()
     assert not torch.equal(params[0], twins[0])  # nothing is shared
-
-
-def snapshot(optimizer):
-    return copy.deepcopy(optimizer.state_dict())
-
-
-def assert_same_state(a, b):
-    assert a["param_groups"] == b["param_groups"] and a["state"].keys() == b["state"].keys()
-    for index, state in a["state"].items():
-        assert state.keys() == b["state"][index].keys()
-        assert all(torch.equal(t, b["state"][index][name]) for name, t in state.items())
-
-
-def rejected(optimizer, state_dict, error, match):
-    before = snapshot(optimizer)
-    with pytest.raises(error, match=match):
-        optimizer.load_state_dict(state_dict)
-    assert_same_state(snapshot(optimizer), before)
 
 
 def put(name, change, index=0):
@@ -361,26 +322,6 @@ def test_foreign_state_dict_changes_nothing():
         foreign.step()
         rejected(optimizer, foreign.state_dict(), ValueError, "has no .*graft")
     rejected(optimizer, None, TypeError, "state_dict is a NoneType")
-
-
-values = st.one_of(
-    st.none(), st.integers(-2, 200), st.floats(), st.text(max_size=3), st.just(torch.zeros(3)), st.just({}), st.just([])
-)
-
-
-def spoil_anywhere(data, state_dict):
-    """Deletes or replaces one entry at any depth."""
-    here = state_dict
-    while True:
-        key = data.draw(st.sampled_from(list(here) if isinstance(here, dict) else range(len(here))))
-        deeper = isinstance(here[key], (dict, list)) and len(here[key])
-        if not deeper or data.draw(st.integers(0, 3)) == 0:
-            break
-        here = here[key]
-    if data.draw(st.booleans()):
-        del here[key]
-    else:
-        here[key] = data.draw(values)
 
 
 @settings(max_examples=500, deadline=None)
