@@ -8,6 +8,7 @@ from harness.mutations import Mutation
 from tilewise.reference import attention as reference
 
 FORWARD, BACKWARD = "attention/cuda/forward.h", "attention/cuda/backward.h"
+GRADIENT = "attention/cuda/gradient.h"
 TILE, FLOAT_TILE = "attention/cuda/tile.h", "attention/cuda/float_tile.h"
 SOFTMAX, MASK, SEQUENCE = (f"attention/cuda/{name}.h" for name in ("softmax", "mask", "sequence"))
 GENERAL, BIAS = "attention/cuda/general.h", "attention/cuda/bias.h"
@@ -31,10 +32,16 @@ MUTATIONS = [
     Mutation(
         "staging_not_synchronised", TILE, "  sync_warp();\n  constexpr int kChunks", "  constexpr int kChunks", "race"
     ),
-    Mutation("group_head_wrong", BACKWARD, "at = {kv_head * heads,", "at = {kv_head,", "plain"),
+    Mutation(
+        "group_head_wrong",
+        BACKWARD,
+        "Walk at(later, first, kv_head * heads,",
+        "Walk at(later, first, kv_head,",
+        "plain",
+    ),
     Mutation("stage_reused_early", BACKWARD, NEXT_TILE + "        sync_block();", NEXT_TILE, "race"),
     Mutation("delta_dropped", BACKWARD, "(ds[i][j][e] - d)", "ds[i][j][e]", "plain"),
-    Mutation("blind_row_counted", BACKWARD, "lse == -INFINITY ? INFINITY : lse * kLog2e", "lse * kLog2e", "plain"),
+    Mutation("blind_row_counted", GRADIENT, "lse == -INFINITY ? INFINITY : lse * kLog2e", "lse * kLog2e", "plain"),
     Mutation(
         "weights_not_shared",
         "attention/cuda/float_tile.h",
