@@ -103,6 +103,14 @@ def test_zero_because_terms_cancel():
 
 def test_every_draw_is_another_problem():
     x = torch.randn(1000)
-    [yardstick] = yardsticks([lambda x: [x.sum()[None]]], [x], 16)
-    assert len(yardstick.errors) == 16 and len({float(e) for e in yardstick.errors}) > 8
+    [yardstick] = yardsticks([lambda x: [x.sum()[None]]], [x], 32)
+    assert len(yardstick.errors) == 32 and len({float(e) for e in yardstick.errors}) > 8
     assert torch.equal(yardstick.exact, x.double().sum()[None])
+
+
+@pytest.mark.parametrize(("size", "problems"), [(1.0, 8), (1e6, 32)], ids=["alike", "one-outlier"])
+def test_few_errors_that_matter_are_drawn_more_often(size, problems):
+    x = torch.randn(8192).abs() + 1
+    x[5] *= size
+    [yardstick] = yardsticks([lambda x: [x / 3]], [x], 8)
+    assert len(yardstick.errors) == problems

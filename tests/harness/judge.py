@@ -54,17 +54,29 @@ class Yardstick:
 def yardsticks(plains, tensors, count: int, exact=None) -> list[Yardstick]:
     """One per output of ``plains``, functions of the tensors in plain torch that may each be the better one.
 
+    ``count`` is how many problems to evaluate at least; there are more where a few elements carry most of the error.
     ``exact`` is the function to evaluate in float64, the first of ``plains`` if not given.
     """
     with _one_thread():
-        problems = [tensors, *(redrawn(tensors) for _ in range(count - 1))]
-        exacts = [(exact or plains[0])(*doubled(problem)) for problem in problems]
-        errors = [
-            [_flat(t) - _flat(e) for t, e in zip(plain(*problem), right, strict=True)]
-            for problem, right in zip(problems, exacts, strict=True)
-            for plain in plains
-        ]
-    return [Yardstick(right, of) for right, *of in zip(exacts[0], *errors, strict=True)]
+        measured = [_measure(plains, tensors, exact or plains[0])]
+        again = lambda count: [_measure(plains, redrawn(tensors), exact or plains[0]) for _ in range(count)]  # noqa: E731
+        measured += again(count - 1)
+        measured += again(min(map(_draws, zip(*(errors for _, errors in measured), strict=True))) - count)
+    exacts = measured[0][0]
+    return [Yardstick(right, [e for _, errors in measured for e in errors[i]]) for i, right in enumerate(exacts)]
+
+
+def _measure(plains, problem, exact):
+    """The exact outputs of one problem, and of each of them the errors of every way."""
+    exacts = exact(*doubled(problem))
+    ways = [plain(*problem) for plain in plains]
+    return exacts, [[_flat(t) - _flat(e) for t in of] for *of, e in zip(*ways, exacts, strict=True)]
+
+
+def _draws(errors):
+    """By the number of errors of equal size that would vary as much as these of one output do."""
+    squares = torch.stack([e for of in errors for e in of]).square().mean(0).nan_to_num(0, 0, 0)
+    return draws(int(squares.sum().square() / squares.square().sum().clamp_min(1e-300)))
 
 
 @contextmanager
