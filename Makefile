@@ -9,8 +9,9 @@ CONFIGURE = $(PY) -m cmake -S . -G Ninja -DCMAKE_MAKE_PROGRAM=$(NINJA) -DPython_
 SANITIZERS := $(shell g++ -print-file-name=libasan.so) $(shell g++ -print-file-name=libubsan.so)
 SANITIZER_OPTIONS := detect_leaks=0:detect_stack_use_after_return=0:verify_asan_link_order=0
 FAMILY ?=
+TESTS := test-plain test-mutations test-race test-asan
 
-.PHONY: help demo test build bench bench-cpp study gpu-report lint format wheel-check clean
+.PHONY: help demo test $(TESTS) build bench bench-cpp study gpu-report lint format wheel-check clean
 help:
 	@echo 'make demo         train two small models on real text and decode with token trees (4 minutes)'
 	@echo 'make test         every test; CUDA kernels run emulated, race-checked and sanitized'
@@ -31,10 +32,17 @@ build: build/.environment
 	$(CONFIGURE) -B build -DTILEWISE_EMULATOR=ON
 	$(PY) -m cmake --build build
 
-# The whole suite; then its small cases again with the CUDA kernels race-checked, and under ASan and UBSan.
+# The whole suite; its seeded bugs; then its small cases again with the CUDA kernels race-checked, and under ASan and
+# UBSan. Two at a time; where nobody watches, the output of each stays together.
 test: build
-	$(PY) -m pytest tests
+	$(MAKE) -j2 $(if $(MAKE_TERMOUT),,--output-sync=target) $(TESTS)
+test-plain: build
+	$(PY) -m pytest tests --ignore tests/test_mutations.py
+test-mutations: build
+	$(PY) -m pytest tests/test_mutations.py
+test-race: build
 	TILEWISE_EMULATOR=race $(PY) -m pytest tests
+test-asan: build
 	LD_PRELOAD='$(SANITIZERS)' ASAN_OPTIONS=$(SANITIZER_OPTIONS) TILEWISE_EMULATOR=asan $(PY) -m pytest tests
 
 demo: build/.environment
