@@ -63,6 +63,15 @@ def device(request):
     _C.set_isa(before)
 
 
+@pytest.fixture
+def one_thread():
+    """For small factorisations, which other processes that share the cores would hold up."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(autouse=True)
 def fresh_seed(request):
     """Fresh random inputs in every run; the seed is printed when a test fails, and TILEWISE_SEED repeats it."""

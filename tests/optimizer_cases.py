@@ -60,7 +60,10 @@ MAKERS = {
     "Lion": partial(tw.optim.Lion, lr=1e-3, weight_decay=0.1),
     "RMSprop": partial(tw.optim.RMSprop, lr=1e-3, momentum=0.5),
     "Adagrad": partial(tw.optim.Adagrad, lr=1e-2, initial_accumulator_value=0.1),
+    "Shampoo": partial(tw.optim.Shampoo, lr=1e-2, precondition_interval=1, root_interval=2),
 }
+# Those whose states are moments alone: an element depends on its own gradients, however parameters are sharded.
+ELEMENTWISE = {name: make for name, make in MAKERS.items() if make.func.moments_alone}
 
 
 def parameters(device="cpu", dtype=torch.float32, shapes=SHAPES):

@@ -13,6 +13,7 @@ from optimizer_cases import MAKERS, assert_equal, copies, give_gradients, parame
 from tilewise.optim import forms
 from tilewise.optim.step import Options
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 every_optimizer = pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
 
 
@@ -91,6 +92,18 @@ def test_groups():
     assert len(optimizer.param_groups) == 4
 
 
+@every_optimizer
+def test_maximize_is_minimizing_the_negative(make):
+    ours, theirs = (lambda p: (p, copies(p)))(parameters())
+    a, b = make(ours, maximize=True), make(theirs)
+    for _ in range(3):
+        give_gradients(ours, theirs)
+        for p in theirs:
+            p.grad.neg_()
+        a.step(), b.step()
+    assert_equal(ours, theirs)
+
+
 def test_momentum_may_begin_later():
     [p] = parameters(shapes=[(70, 80)])
     optimizer = tw.optim.SGD([p], lr=0.1)
@@ -119,7 +132,7 @@ def test_grad_scaler(make):
         if kind != "inf":
             q.grad = 2 * q.detach()
             other.step()
-    assert optimizer._step_supports_amp_scaling and not hasattr(optimizer, "found_inf")
+    assert not hasattr(optimizer, "found_inf")
     assert scaler.get_scale() == 512 and float(optimizer.state[p]["step"]) == 3
     torch.testing.assert_close(p, q)
 
@@ -315,6 +328,16 @@ OTHER_WRONG_OPTIONS = [
     ("Adagrad", {"lr_decay": -1.0}, ValueError, "lr_decay is -1.0"),
     ("Adagrad", {"initial_accumulator_value": -1.0}, ValueError, "initial_accumulator_value is -1.0"),
     ("Lion", {"betas": (0.9, 1.5)}, ValueError, r"betas\[1\] is 1.5"),
+    ("Shampoo", {"graft": "adam"}, ValueError, "graft is 'adam'"),
+    ("Shampoo", {"graft": None}, TypeError, "graft is None"),
+    ("Shampoo", {"momentum": -1.0}, ValueError, "momentum is -1.0"),
+    ("Shampoo", {"shampoo_beta": -0.5}, ValueError, "shampoo_beta is -0.5"),
+    ("Shampoo", {"matrix_eps": "small"}, TypeError, "matrix_eps is 'small'"),
+    ("Shampoo", {"precondition_interval": 0}, ValueError, "precondition_interval is 0"),
+    ("Shampoo", {"root_interval": 1.5}, TypeError, "root_interval is 1.5"),
+    ("Shampoo", {"max_order": 0}, ValueError, "max_order is 0"),
+    ("Shampoo", {"max_order": 40000}, ValueError, "max_order is 40000"),
+    ("Shampoo", {"capturable": True}, NotImplementedError, "capturable is True"),
 ]
 WRONG = [("AdamW", *entry) for entry in WRONG_OPTIONS] + OTHER_WRONG_OPTIONS
 
@@ -381,7 +404,7 @@ def test_parameters_that_change_under_their_states(make, bits):
         p.grad, p.data = None, data
         give_gradients([p])
         before = p.detach().clone()
-        with pytest.raises(error, match="optimizer_step: "):
+        with pytest.raises(error, match="optimizer_step: |Shampoo: "):
             optimizer.step()
         assert torch.equal(p, before)
         assert all(torch.equal(t, held[name]) for name, t in optimizer.state[p].items())

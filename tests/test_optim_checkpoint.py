@@ -23,6 +23,7 @@ from optimizer_cases import (
     train,
 )
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 STATES = {
     "4": {"state_bits": 4},
     "8": {"state_bits": 8},
@@ -43,6 +44,10 @@ EVERY = [
     for name, make in MAKERS.items()
     for states, options in STATES.items()
     if served(make, options)
+]
+EVERY += [
+    pytest.param(MAKERS["Shampoo"], options, id=f"Shampoo-{name}")
+    for name, options in {"sgd": {"graft": "sgd"}, "blocks": {"max_order": 40}}.items()
 ]
 
 

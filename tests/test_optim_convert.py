@@ -27,6 +27,7 @@ OPTIONS = {
     "rank1": {"second_moment": "rank1"},
     "factored": {"second_moment": "factored"},
 }
+pytestmark = pytest.mark.usefixtures("one_thread")
 every_optimizer = pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
 
 

@@ -14,7 +14,7 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 import tilewise as tw
-from optimizer_cases import MAKERS, assert_equal, assert_same_state, give_gradients, moments, snapshot
+from optimizer_cases import ELEMENTWISE, assert_equal, assert_same_state, give_gradients, moments, snapshot
 from tilewise.optim import forms
 from tilewise.optim.distributed import load_portable_state_dict, portable_state_dict
 from tilewise.optim.tensors import local, stream_of
@@ -51,7 +51,7 @@ def gathered(params):
 
 def sharded_steps(mesh):
     """Every optimizer: with 32-bit states as one process, in few bits where shards are whole blocks."""
-    for make in MAKERS.values():
+    for make in ELEMENTWISE.values():
         for options in ({"state_bits": 32}, {"state_bits": 8}, {}):
             sharded, whole = pairs(mesh)
             optimizer, other = make(sharded, **options), make(whole, **options)
@@ -258,7 +258,7 @@ def test_processes(tmp_path):
             assert error <= {"32": 0, "8": 0.02}.get(name, 0.25) * exact.norm()
 
 
-@pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
+@pytest.mark.parametrize("make", ELEMENTWISE.values(), ids=ELEMENTWISE)
 def test_portable_states_of_one_process(make):
     """Names of parameters, masters and all: out and in again is the same."""
     named = [(f"layer.{i}", torch.nn.Parameter(torch.randn(s).bfloat16())) for i, s in enumerate([(70, 80), (5,)])]

@@ -8,6 +8,7 @@ import torch
 import tilewise as tw
 from optimizer_cases import MAKERS, assert_equal, copies, give_gradients, parameters, through_file
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 every_optimizer = pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
 
 

@@ -19,6 +19,7 @@ from optimizer_cases import (
 from tilewise.optim import forms
 from tilewise.reference import optim as reference
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 every_optimizer = pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
 
 

@@ -9,16 +9,8 @@ from harness.judge import assert_accurate, draws, yardsticks
 from tilewise.optim import preconditioners
 from tilewise.reference import shampoo as reference
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 OFTEN = {"precondition_interval": 2, "root_interval": 4}
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Small factorisations, which other processes that share the cores would hold up."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def parameters(device, shapes, dtype=torch.float32):
@@ -158,7 +150,7 @@ def preconditioned(optimizer, p, g):
     [block] = preconditioners.layout(*p.shape, 1, 1).blocks
     left, right = preconditioners.Slot(state, *block.left), preconditioners.Slot(state, *block.right)
     preconditioners.precondition([preconditioners.Product(left, right, g, out)])
-    roots = [preconditioners._root([slot])[0].cpu() for slot in (left, right)]
+    roots = [preconditioners.roots_of([slot])[0].cpu() for slot in (left, right)]
     return [*roots, out.cpu()]
 
 

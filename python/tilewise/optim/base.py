@@ -69,7 +69,7 @@ class LowBitOptimizer(Optimizer):
     first: str | None = None  # names of the moments in a parameter's state, those of torch.optim
     second: str | None = None
     lacks: tuple[str, ...] = ()  # options of all that it does not have
-    moments_alone = True  # whether nothing else is kept, so that states of other optimizers convert
+    moments_alone = True  # whether nothing else is kept, so that states belong to elements and can be sharded anew
     host_tensors: tuple[str, ...] = ("step",)  # of a state, those in host memory unless ``capturable``
 
     def __init__(self, params, options: dict, **own):
@@ -99,8 +99,16 @@ class LowBitOptimizer(Optimizer):
         """The tensors of a moment before the first step."""
         return forms.zeros(form, name, shape, device)
 
+    def new_others(self, p, group: dict) -> dict:
+        """The tensors of a state beside counter, moments and residual before the first step."""
+        return {}
+
+    def converted_others(self, p, group: dict, state: dict) -> dict:
+        """These with what ``state``, which has them all, holds; made by an optimizer of other options."""
+        return {}
+
     def other_tensors(self, where: str, p, group: dict, state: dict) -> dict:
-        """{name: (dtype, shape)} of what a state holds beside counter, moments and residual.
+        """{name: (dtype, shape)} of those that a state must have.
 
         Of a new one if ``state`` is empty. Raises ValueError or TypeError, after ``where``, if ``state`` does not tell.
         """
@@ -124,7 +132,7 @@ class LowBitOptimizer(Optimizer):
                 state |= self.new_moment(form, name, part.shape, group, part.device)
         if group["master_weights"] and part.dtype is not torch.float32 and "residual" not in held:
             state["residual"] = torch.zeros(part.shape, dtype=torch.int16, device=part.device)
-        return state | held
+        return state | (held or self.new_others(p, group))
 
     # ---- as torch.optim.Optimizer ----
 

@@ -4,7 +4,7 @@ import torch
 
 from tilewise.optim import forms
 from tilewise.optim.checkpoint import STATE_VERSION, check_state, expect_outline, match_params
-from tilewise.optim.options import COMMON, check_group
+from tilewise.optim.options import COMMON, LAYOUT_OPTIONS, check_group
 from tilewise.optim.tensors import is_sharded, local
 
 WHAT = "convert_state_dict"
@@ -14,13 +14,19 @@ def convert_state_dict(state_dict: dict, optimizer) -> dict:
     """A state dict that ``optimizer`` can load, with its bits, blocks and form of second moments.
 
     Moments that stand in the same form already are copied bit by bit; others become float32 and are quantised anew.
-    Hyperparameters (lr, betas, ...) are taken over, options of states (``state_bits``, ...) are the optimizer's.
-    ``state_dict`` is recognised by its keys, and is one of:
+    Hyperparameters (lr, betas, ...) are taken over, options of states (``state_bits``, ``max_order``, ...) are the
+    optimizer's. ``state_dict`` is recognised by its keys, and is one of:
 
         this package's      any options; also version 2
         torch.optim's       AdamW, Adam, SGD, RMSprop, Adagrad
         bitsandbytes'       Adam(W), SGD, Lion, RMSprop, Adagrad in 8 bits block-wise or 32
         torchao's           AdamW8bit, AdamW4bit, AdamWFp8 and their Adam: tensors with ``codes``, ``scale``, ``qmap``
+
+    :class:`Shampoo` takes the states of the rule that is grafted on, its own or another library's; its matrices then
+    begin anew. Those of its own states convert as moments do where blocks are the same. In other blocks
+    (``max_order``), statistics of a part of a block are that block of the matrix, times the part's share of the
+    gradient's squares along the other dimension, which is exact for gradients whose covariance is a Kronecker product;
+    between what were different blocks they are zero; and roots are computed anew.
 
     Args:
         state_dict: of an optimizer over the same parameters in the same groups; unchanged.
@@ -29,15 +35,13 @@ def convert_state_dict(state_dict: dict, optimizer) -> dict:
     Raises:
         ValueError: other parameters or groups; states of another optimizer; truncated states.
         TypeError: not a dict of that kind.
-        NotImplementedError: a state that no rule here has: ``amsgrad``, ``centered``, bitsandbytes without blocks;
-            :class:`Shampoo`, whose matrices no other options give.
+        NotImplementedError: a state that no rule here has: ``amsgrad``, ``centered``, bitsandbytes without blocks.
 
     Example::
 
         optimizer = tilewise.optim.AdamW(model.parameters(), state_bits=4)
         optimizer.load_state_dict(convert_state_dict(torch.load("bitsandbytes.pt"), optimizer))
     """
-    expect_moments_alone(WHAT, optimizer)
     expect_outline(WHAT, state_dict)
     owners = match_params(WHAT, optimizer, state_dict["param_groups"])
     for index in state_dict["state"]:
@@ -50,13 +54,13 @@ def convert_state_dict(state_dict: dict, optimizer) -> dict:
     new_groups = {index: group for group in groups for index in group["params"]}
     state = {}
     for index, entry in state_dict["state"].items():
-        p, saved = owners[index]
+        (p, saved), group = owners[index], new_groups[index]
         where = f"{WHAT}: state[{index!r}]"
         if not isinstance(entry, dict):
             raise TypeError(f"{where} is a {type(entry).__name__}, expected a dict of state_dict()")
-        found = _reader(saved, entry)(where, optimizer, entry, p, saved)
+        found = _reader(saved, entry)(where, optimizer, entry, p, group)
         if found is not None:
-            state[index] = encoded_state(optimizer, p, new_groups[index], *found)
+            state[index] = encoded_state(optimizer, p, group, *found)
     return {"state": state, "param_groups": groups}
 
 
@@ -67,14 +71,16 @@ def expect_moments_alone(what, optimizer) -> None:
         raise NotImplementedError(f"{what}: optimizer is a {name}, expected one that keeps moments alone")
 
 
-def encoded_state(optimizer, p, group, step, moments, residual=None) -> dict:
+def encoded_state(optimizer, p, group, step, moments, residual=None, others=None) -> dict:
     """A parameter's state as the optimizer would hold it.
 
     Args:
         moments: {name: float32 tensor of the shape held here | function of a form that gives the state's tensors}.
+        others: what the state holds beside; None for what it would before the first step.
     """
     part = local(p)
     state = {"step": torch.tensor(float(step), dtype=torch.float32)}
+    signed = optimizer.moments(group)
     for name, form in optimizer.planned_forms(p, group).items():
         values = moments.get(name)
         if values is None:
@@ -82,15 +88,15 @@ def encoded_state(optimizer, p, group, step, moments, residual=None) -> dict:
         elif callable(values):
             state |= values(form)
         else:
-            state |= forms.encode(form, name, values.to(part.device), signed=name == optimizer.first)
+            state |= forms.encode(form, name, values.to(part.device), signed[name])
     if group["master_weights"] and p.dtype is torch.bfloat16:
         state["residual"] = torch.zeros(part.shape, dtype=torch.int16) if residual is None else residual
-    return state
+    return state | (optimizer.new_others(p, group) if others is None else others)
 
 
 def _converted_group(optimizer, old, saved):
-    own = [name for name in optimizer.options if name not in COMMON]
-    renamed = saved | _bitsandbytes_numbers(optimizer, saved)
+    own = [name for name in optimizer.options if name not in COMMON and name not in LAYOUT_OPTIONS]
+    renamed = _with_own_numbers(optimizer.rule_of(old)[0], saved)
     taken = {name: renamed[name] for name in (*own, "maximize", "initial_lr", "param_names") if name in renamed}
     if isinstance(taken.get("lr"), torch.Tensor) and not isinstance(old["lr"], torch.Tensor):
         taken["lr"] = taken["lr"].item()
@@ -100,7 +106,7 @@ def _converted_group(optimizer, old, saved):
     return group
 
 
-# ---- readers: a parameter's step, its moments by name, and its residual; None where it has no states yet ----
+# ---- readers: a parameter's step, moments by name, residual and other tensors; None where it has no states yet ----
 
 
 def _reader(saved, entry):
@@ -109,7 +115,7 @@ def _reader(saved, entry):
     return _read_bitsandbytes if "state1" in _flat(entry) else _read_torch
 
 
-def _read_own(where, optimizer, entry, p, saved):
+def _read_own(where, optimizer, entry, p, group):
     if "scales" in entry:  # version 2
         scales = entry["scales"]
         if not isinstance(scales, torch.Tensor) or scales.ndim != 2 or scales.shape[1] != 2:
@@ -117,8 +123,11 @@ def _read_own(where, optimizer, entry, p, saved):
         first, second = (column.contiguous() for column in scales.unbind(1))
         entry = {name: value for name, value in entry.items() if name != "scales"}
         entry |= {"exp_avg_scale": first, "exp_avg_sq_scale": second}
-    check_state(where, optimizer, entry, p, saved)
-    shape = local(p).shape
+    others = optimizer.new_others(p, group)
+    if entry.keys().isdisjoint(others):  # of an optimizer without them
+        entry = entry | others
+    check_state(where, optimizer, entry, p, group)
+    shape, (_, first, second) = local(p).shape, optimizer.rule_of(group)
 
     def moment(name, signed):
         held = forms.find(entry, name)
@@ -130,18 +139,18 @@ def _read_own(where, optimizer, entry, p, saved):
 
         return tensors
 
-    names = [name for name in (optimizer.first, optimizer.second) if name and forms.find(entry, name) is not None]
-    return entry["step"], {name: moment(name, name == optimizer.first) for name in names}, entry.get("residual")
+    names = [name for name in (first, second) if name and forms.find(entry, name) is not None]
+    moments = {name: moment(name, name == first) for name in names}
+    return entry["step"], moments, entry.get("residual"), optimizer.converted_others(p, group, entry)
 
 
-def _read_torch(where, optimizer, entry, p, saved):
+def _read_torch(where, optimizer, entry, p, group):
     for name in ("max_exp_avg_sq", "grad_avg"):
         if name in entry:
             raise NotImplementedError(f"{where} has {name!r}, expected a state without it (no rule here keeps one)")
-    group = saved if "momentum" in saved else {}
     moments = {}
     for name in optimizer.moments(group):
-        if name not in entry and not (entry.keys() <= {"step"} and optimizer.rule == "sgd"):
+        if name not in entry and not (entry.keys() <= {"step"} and optimizer.rule_of(group)[0] == "sgd"):
             raise ValueError(f"{where} has {sorted(map(str, entry))}, expected {name!r} among them")
         if entry.get(name) is not None:
             moments[name] = _floats(f"{where}[{name!r}]", entry[name], p)
@@ -150,10 +159,10 @@ def _read_torch(where, optimizer, entry, p, saved):
     return _step(where, entry.get("step", 1)), moments
 
 
-def _read_bitsandbytes(where, optimizer, entry, p, saved):
-    entry = _flat(entry)
-    two = optimizer.first is not None and optimizer.second is not None and optimizer.rule == "adam"
-    names = (optimizer.first, optimizer.second) if two else (optimizer.second or optimizer.first,)
+def _read_bitsandbytes(where, optimizer, entry, p, group):
+    entry, (rule, first, second) = _flat(entry), optimizer.rule_of(group)
+    two = rule == "adam"
+    names = (first, second) if two else (second or first,)
     if ("state2" in entry) != two:
         raise ValueError(f"{where} has {sorted(map(str, entry))}, expected the states of another optimizer")
     moments = {}
@@ -186,12 +195,12 @@ def _bitsandbytes_block(where, codes, scales):
     raise ValueError(f"{where} has {codes.numel()} elements and {scales.numel()} scales, expected one per 256")
 
 
-def _bitsandbytes_numbers(optimizer, saved):
-    """bitsandbytes keeps the numbers of every optimizer as its betas."""
-    betas = saved.get("betas")
-    if optimizer.rule not in ("sgd", "rmsprop") or not isinstance(betas, (tuple, list)) or len(betas) < 2:
-        return {}
-    return dict(zip(("momentum", "dampening") if optimizer.rule == "sgd" else ("alpha",), betas, strict=False))
+def _with_own_numbers(rule, saved):
+    """A group with its numbers by name: bitsandbytes keeps those of every optimizer as its betas."""
+    names, betas = {"sgd": ("momentum", "dampening"), "rmsprop": ("alpha",)}.get(rule), saved.get("betas")
+    if "state_version" in saved or names is None or not isinstance(betas, (tuple, list)) or len(betas) < 2:
+        return saved
+    return {name: value for name, value in saved.items() if name != "betas"} | dict(zip(names, betas, strict=False))
 
 
 def _step(where, value):

@@ -28,6 +28,7 @@ COMMON = {
 }
 # What decides how states look, rather than what is computed.
 STATE_OPTIONS = ("state_bits", "block_size", "second_moment", "min_quantized_size")
+LAYOUT_OPTIONS = (*STATE_OPTIONS, "max_order")  # those, and Shampoo's own
 SECOND_MOMENTS = ("block", "rank1", "factored")
 GRAFTS = ("adamw", "sgd")  # of Shampoo
 

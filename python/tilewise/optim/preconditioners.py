@@ -147,8 +147,7 @@ def update_statistics(jobs, beta) -> None:
             weight = torch.where(usable, 1 - beta, 0.0)[:, None, None]
             _scatter(slots, "statistics", torch.lerp(_gather(slots, "statistics"), x @ x.mT, weight))
         elif batch[0].first:
-            values, columns = _decompose((1 - beta) * (x @ x.mT))
-            _keep_eigenvectors(slots, values.flip(-1), columns.mT.flip(-2))
+            keep_statistics(slots, (1 - beta) * (x @ x.mT))
         else:
             _keep_eigenvectors(slots, *_iterate(slots, x, beta), usable)
 
@@ -201,23 +200,49 @@ def _keep_eigenvectors(slots, values, rows, usable=None):
         _scatter(slots, name, new)
 
 
+def statistics_of(slots) -> torch.Tensor:
+    """The averages (b, n, n) as they stand."""
+    if not slots[0].quantized:
+        return _gather(slots, "statistics")
+    values, rows = _eigenvectors(slots)
+    return (rows * values[..., None]).mT @ rows
+
+
+def keep_statistics(slots, averages) -> None:
+    if slots[0].quantized:
+        values, columns = _decompose(averages)
+        _keep_eigenvectors(slots, values.flip(-1), columns.mT.flip(-2))
+    else:
+        _scatter(slots, "statistics", averages)
+
+
+RECTIFICATIONS = 4  # Bjorck steps after which quantised eigenvectors are orthonormal to float32's rounding
+
+
+def _eigenvectors(slots):
+    """Eigenvalues, and eigenvectors in rows."""
+    rows = orthonormalize(_dequantize(slots, EIGENVECTORS), steps=RECTIFICATIONS)
+    return _gather(slots, "eigenvalues"), rows
+
+
 # ---- inverse fourth roots ----
-RECTIFICATIONS = 4  # Bjorck steps before a root: quantised eigenvectors become orthonormal to float32's rounding
 
 
 def compute_roots(slots, eps) -> None:
     """(A + eps max(eigenvalues of A) I)^(-1/4) of each average A; of zero the identity."""
     for batch in _batches(slots, lambda s: (s.order, s.quantized), lambda s: 4 * s.order**2):
         if batch[0].quantized:
-            rows = orthonormalize(_dequantize(batch, EIGENVECTORS), steps=RECTIFICATIONS)
-            values = _gather(batch, "eigenvalues")
+            values, rows = _eigenvectors(batch)
         else:
             values, columns = _decompose(_gather(batch, "statistics"))
             rows = columns.mT
-        root = (rows * _inverse_fourth_roots(values, eps)[..., None]).mT @ rows
-        kept = quantize_matrix(root, keep_diagonal=True) if batch[0].quantized else (root,)
-        for name, value in zip(ROOT, kept, strict=False):
-            _scatter(batch, name, value)
+        keep_roots(batch, (rows * _inverse_fourth_roots(values, eps)[..., None]).mT @ rows)
+
+
+def keep_roots(slots, roots) -> None:
+    kept = quantize_matrix(roots, keep_diagonal=True) if slots[0].quantized else (roots,)
+    for name, value in zip(ROOT, kept, strict=False):
+        _scatter(slots, name, value)
 
 
 def _inverse_fourth_roots(values, eps):
@@ -238,12 +263,13 @@ def precondition(jobs) -> None:
     key = lambda j: (*j.gradient.shape, j.left.quantized, j.right.quantized)  # noqa: E731
     for batch in _batches(jobs, key, lambda j: j.left.order**2 + j.right.order**2):
         g = _stack([job.gradient for job in batch])
-        out = _root([job.left for job in batch]) @ g @ _root([job.right for job in batch])
+        out = roots_of([job.left for job in batch]) @ g @ roots_of([job.right for job in batch])
         size, new_size = (torch.linalg.vector_norm(t, dim=(1, 2), keepdim=True) for t in (g, out))
         out *= torch.where(new_size > 0, size / new_size, 0)
         for job, value in zip(batch, out, strict=True):
             job.direction.copy_(value)
 
 
-def _root(slots):
+def roots_of(slots) -> torch.Tensor:
+    """The inverse roots (b, n, n) as they stand."""
     return _dequantize(slots, ROOT) if slots[0].quantized else _gather(slots, "root")

@@ -134,9 +134,11 @@ class Shampoo(LowBitOptimizer):
 
     # ---- the matrices' states ----
 
-    def initial_state(self, p, group, held=None):
-        state = super().initial_state(p, group, held)
-        return state if held else state | shampoo_state.new_tensors(local(p), resolved(p, group))
+    def new_others(self, p, group):
+        return shampoo_state.new_tensors(local(p), resolved(p, group))
+
+    def converted_others(self, p, group, state):
+        return shampoo_state.converted_tensors(local(p), resolved(p, group), state)
 
     def other_tensors(self, where, p, group, state):
         if not state:
