@@ -105,8 +105,9 @@ def test_a_gradient_of_another_shape():
     params[1].data = torch.randn(66, 70)
     before = [p.detach().clone() for p in params]
     optimizer = tw.optim.Shampoo(params, **OFTEN)
-    with pytest.raises(ValueError, match=r"Shampoo: a gradient has shape \(70, 66\)"):
-        optimizer.step()
+    for call in (optimizer.step, optimizer.update_preconditioners):
+        with pytest.raises(ValueError, match=r"Shampoo: a gradient has shape \(70, 66\)"):
+            call()
     assert_equal(params, before)
     assert not optimizer.state
 

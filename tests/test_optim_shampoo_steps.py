@@ -1,5 +1,7 @@
 """tw.optim.Shampoo: its steps against a straightforward reference, in 32 and 4 bits; and training to the end."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -158,7 +160,7 @@ def relative(a, b):
     return float((a - b).norm() / b.norm())
 
 
-@pytest.mark.parametrize("shape", [(96, 80), (70, 130)], ids=str)
+@pytest.mark.parametrize("shape", [(96, 80), (70, 130), (130, 128)], ids=str)
 def test_4_bits_stay_near_32_bits(device, shape):
     """Inverse roots within a fifth, directions within 0.4: zeros would be 1 away, the gradient itself 0.5 and more."""
     a, b = (torch.nn.Parameter(torch.zeros(shape, device=device.torch)) for _ in range(2))
@@ -171,6 +173,40 @@ def test_4_bits_stay_near_32_bits(device, shape):
     assert relative(got[2], expected[2]) < 0.4
     assert relative(g, expected[2]) > 0.45
     assert all(f"eigenvalues.{n}" in four.state[a] for n in shape)
+
+
+@pytest.mark.parametrize("shape", [(130, 200), (256, 128)], ids=str)
+@pytest.mark.parametrize("scale", [1.0, 1e-12, 1e12])
+def test_bfloat16_products_stay_near_float32(monkeypatch, shape, scale):
+    """The roundings of two products, where the codes of the roots are an order of magnitude further away."""
+    p = torch.nn.Parameter(torch.zeros(shape))
+    optimizer = tw.optim.Shampoo([p], lr=0.0, **OFTEN)
+    for g in drifting_gradients(*shape, 4):
+        p.grad = scale * g
+        optimizer.step()
+    ways = []
+    for dtype in (torch.bfloat16, torch.float32):
+        monkeypatch.setattr(preconditioners, "_product_dtype", lambda job, dtype=dtype: dtype)
+        ways.append(preconditioned(optimizer, p, p.grad)[2])
+    assert 0 < relative(*ways) < 0.02
+    assert float(ways[0].norm()) == pytest.approx(float(p.grad.norm()), rel=1e-5)
+
+
+def test_which_products_are_in_bfloat16(monkeypatch):
+    """Those of 4-bit roots that are large enough, on machines with tiles; float32 everywhere else."""
+    found = {}
+    for isa in ("amx", "avx512"):
+        monkeypatch.setattr(preconditioners, "_C", SimpleNamespace(isa=lambda isa=isa: isa))
+        for bits in (4, 32):
+            for shape in ((128, 130), (127, 130)):
+                p = torch.nn.Parameter(torch.zeros(shape))
+                p.grad = torch.randn(shape)
+                optimizer = tw.optim.Shampoo([p], state_bits=bits)
+                state = optimizer.initial_state(p, optimizer.param_groups[0])
+                left, right = (preconditioners.Slot(state, n, 0) for n in shape)
+                job = preconditioners.Product(left, right, p.grad, p.grad)
+                found[isa, bits, shape[0]] = preconditioners._product_dtype(job)
+    assert [key for key, dtype in found.items() if dtype is torch.bfloat16] == [("amx", 4, 128)]
 
 
 def test_4_bit_eigenvectors_are_the_statistics(device):

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import torch
 
+from tilewise import _C
 from tilewise.optim.matrices import (
     ROW_BLOCK_BYTES,
     dequantize_matrix,
@@ -142,9 +143,12 @@ def update_statistics(jobs, beta) -> None:
         slots = [job.slot for job in batch]
         x = _stack([job.x for job in batch])
         usable = x.square().sum((1, 2)).isfinite()  # then so is every product
-        x = x.masked_fill(~usable[:, None, None], 0)
+        if x.is_cpu and usable.all():
+            usable = None  # all of them; on CUDA asking would wait for the device
+        else:
+            x = x.masked_fill(~usable[:, None, None], 0)
         if not slots[0].quantized:
-            weight = torch.where(usable, 1 - beta, 0.0)[:, None, None]
+            weight = 1 - beta if usable is None else torch.where(usable, 1 - beta, 0.0)[:, None, None]
             _scatter(slots, "statistics", torch.lerp(_gather(slots, "statistics"), x @ x.mT, weight))
         elif batch[0].first:
             keep_statistics(slots, (1 - beta) * (x @ x.mT))
@@ -178,13 +182,8 @@ def _iterate(slots, x, beta):
     rows = orthonormalize(_dequantize(slots, EIGENVECTORS))
     moved = rows * (beta * _gather(slots, "eigenvalues"))[..., None]
     moved = torch.baddbmm(moved, rows @ x, x.mT, alpha=1 - beta)
-    columns, upper = torch.linalg.qr(moved.mT)
-    values, order = (
-        upper.diagonal(dim1=1, dim2=2).abs().sort(descending=True)
-    )  # the iteration converges from the largest
-    batch, n = order.shape
-    of_all = order + n * torch.arange(batch, device=order.device)[:, None]
-    return values, columns.mT.reshape(batch * n, n).index_select(0, of_all.flatten()).view(batch, n, n)
+    packed, reflections = torch.geqrf(moved.mT)  # torch.linalg.qr would copy both factors once more
+    return packed.diagonal(dim1=1, dim2=2).abs(), torch.linalg.householder_product(packed, reflections).mT
 
 
 def _dequantize(slots, names):
@@ -192,8 +191,11 @@ def _dequantize(slots, names):
 
 
 def _keep_eigenvectors(slots, values, rows, usable=None):
+    """In descending order, because the iteration converges from the largest; where not ``usable`` as they were."""
     codes, scales, _ = quantize_matrix(rows)
-    named = {"eigenvalues": values.clamp(min=0), "eigenvectors": codes, "eigenvector_scales": scales}
+    values, order = values.clamp(min=0).sort(descending=True)
+    where = torch.arange(len(order), device=order.device)[:, None], order
+    named = {"eigenvalues": values, "eigenvectors": codes[where], "eigenvector_scales": scales[where]}
     for name, new in named.items():
         if usable is not None:
             new = torch.where(usable.view(-1, *[1] * (new.ndim - 1)), new, _gather(slots, name))
@@ -211,7 +213,7 @@ def statistics_of(slots) -> torch.Tensor:
 def keep_statistics(slots, averages) -> None:
     if slots[0].quantized:
         values, columns = _decompose(averages)
-        _keep_eigenvectors(slots, values.flip(-1), columns.mT.flip(-2))
+        _keep_eigenvectors(slots, values, columns.mT)
     else:
         _scatter(slots, "statistics", averages)
 
@@ -263,11 +265,29 @@ def precondition(jobs) -> None:
     key = lambda j: (*j.gradient.shape, j.left.quantized, j.right.quantized)  # noqa: E731
     for batch in _batches(jobs, key, lambda j: j.left.order**2 + j.right.order**2):
         g = _stack([job.gradient for job in batch])
-        out = roots_of([job.left for job in batch]) @ g @ roots_of([job.right for job in batch])
-        size, new_size = (torch.linalg.vector_norm(t, dim=(1, 2), keepdim=True) for t in (g, out))
-        out *= torch.where(new_size > 0, size / new_size, 0)
-        for job, value in zip(batch, out, strict=True):
-            job.direction.copy_(value)
+        dtype = _product_dtype(batch[0])
+        out = roots_of([job.left for job in batch]).to(dtype) @ g.to(dtype)
+        out = out @ roots_of([job.right for job in batch]).to(dtype)
+        size, new_size = _norms(g), _norms(out)
+        scale = torch.where(new_size > 0, size / new_size, 0)
+        for job, *factors in zip(batch, out, scale, strict=True):
+            torch.mul(*factors, out=job.direction)
+
+
+def _norms(matrices):
+    """float32 (b, 1, 1); those of the rows first, because torch adds up many squares less exactly than few."""
+    by_row = torch.linalg.vector_norm(matrices, dim=2, dtype=torch.float32)
+    return torch.linalg.vector_norm(by_row, dim=1)[:, None, None]
+
+
+NARROW_ORDER = 128  # below it bfloat16 gains nothing
+
+
+def _product_dtype(job):
+    """bfloat16 for roots in 4 bits where its products are several times faster: it rounds far less than the codes."""
+    g, quantized = job.gradient, job.left.quantized and job.right.quantized
+    fast = min(g.shape) >= NARROW_ORDER and (g.is_cuda or _C.isa() == "amx")
+    return torch.bfloat16 if quantized and fast else torch.float32
 
 
 def roots_of(slots) -> torch.Tensor:
