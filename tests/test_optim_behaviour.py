@@ -337,7 +337,6 @@ OTHER_WRONG_OPTIONS = [
     ("Shampoo", {"root_interval": 1.5}, TypeError, "root_interval is 1.5"),
     ("Shampoo", {"max_order": 0}, ValueError, "max_order is 0"),
     ("Shampoo", {"max_order": 40000}, ValueError, "max_order is 40000"),
-    ("Shampoo", {"capturable": True}, NotImplementedError, "capturable is True"),
 ]
 WRONG = [("AdamW", *entry) for entry in WRONG_OPTIONS] + OTHER_WRONG_OPTIONS
 

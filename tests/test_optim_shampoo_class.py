@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import tilewise as tw
-from optimizer_cases import assert_equal, give_gradients, rejected, snapshot
+from optimizer_cases import assert_equal, assert_same_state, copies, give_gradients, rejected, snapshot
+from tilewise.optim import shampoo
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -77,6 +78,89 @@ def test_states_are_not_portable():
         tw.optim.distributed.portable_state_dict(optimizer)
     with pytest.raises(NotImplementedError, match="load_portable_state_dict: optimizer is a Shampoo"):
         tw.optim.distributed.load_portable_state_dict(optimizer, {})
+
+
+# ---- capturable ----
+
+
+@pytest.mark.parametrize("options", [{}, {"state_bits": 32}, {"graft": "sgd"}], ids=str)
+def test_capturable_steps_are_the_same(device, options):
+    """Outside of a graph; the counter is where the parameters are, what only the host asks for stays there."""
+    shapes = [(66, 70), (5,)]
+    ours = [torch.nn.Parameter(torch.randn(shape, device=device.torch)) for shape in shapes]
+    theirs = copies(ours)
+    a, b = (tw.optim.Shampoo(p, capturable=c, **OFTEN, **options) for p, c in ((ours, True), (theirs, False)))
+    for _ in range(4):
+        give_gradients(ours, theirs)
+        a.step(), b.step()
+    a.load_state_dict(a.state_dict())
+    for p, q in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+        assert a.state[p]["step"].device == p.device and float(a.state[p]["step"]) == 4
+        assert all(a.state[p][name].is_cpu for name in ("blocks", "statistics_step", "root_step"))
+
+
+@pytest.mark.parametrize("bits", [4, 32])
+def test_what_a_graph_holds(monkeypatch, bits):
+    """Steps as a graph would replay them: roots of the moment, before there are any the gradient itself."""
+    options = {"graft": "sgd", "momentum": 0.0, "weight_decay": 0.0, "lr": 1.0, "state_bits": bits}
+    options |= {"precondition_interval": 3, "root_interval": 3}
+    [p], [q], [r] = (ours := parameters([(66, 70)])), copies(ours), copies(ours)
+    graph, eager = tw.optim.Shampoo([p], capturable=True, **options), tw.optim.Shampoo([q], **options)
+    plain = torch.optim.SGD([r], lr=1.0)
+
+    def captured_step():
+        with monkeypatch.context() as patch:
+            patch.setattr(shampoo, "_is_captured", lambda p: True)
+            graph.step()
+
+    for t in range(1, 4):
+        give_gradients([p], [q], [r])
+        captured_step(), eager.step(), plain.step()
+        torch.testing.assert_close(p, r, rtol=0, atol=1e-6)
+        held = [t.clone() for t in graph.state[p].values()]
+        graph.update_preconditioners()
+        changed = not all(map(torch.equal, held, graph.state[p].values()))
+        assert changed == (t == 3)
+    for name, value in eager.state[q].items():
+        assert torch.equal(graph.state[p][name], value), name
+    held = snapshot(graph)
+    graph.update_preconditioners()  # nothing is due any more
+    assert_same_state(snapshot(graph), held)
+    with torch.no_grad():
+        p.zero_(), q.zero_()
+    give_gradients([p], [q])
+    captured_step(), eager.step()
+    assert torch.equal(p, q) and not torch.equal(p, -p.grad)
+
+
+@pytest.mark.devices("cuda")
+@pytest.mark.parametrize("bits", [4, 32])
+def test_cuda_graph(device, bits):
+    """Replays beside steps that are not captured, with the same updates between them."""
+    ours = [torch.nn.Parameter(torch.randn(shape, device=device.torch)) for shape in ((66, 70), (5,))]
+    theirs = copies(ours)
+    options = {"lr": 1e-2, "state_bits": bits, "precondition_interval": 2, "root_interval": 2, "capturable": True}
+    optimizer, other = tw.optim.Shampoo(ours, **options), tw.optim.Shampoo(theirs, **options)
+    for _ in range(2):  # creates the states
+        give_gradients(ours, theirs)
+        optimizer.step(), other.step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        optimizer.step()
+    other.param_groups[0].update(precondition_interval=10**6, root_interval=10**6)
+    for _ in range(4):
+        for p, q in zip(ours, theirs, strict=True):
+            q.grad = torch.randn_like(q)
+            p.grad.copy_(q.grad)
+        graph.replay(), other.step()
+        for p, q in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
+        optimizer.update_preconditioners()
+        other.param_groups[0].update(precondition_interval=2, root_interval=2)
+        other.update_preconditioners()
+        other.param_groups[0].update(precondition_interval=10**6, root_interval=10**6)
+    assert int(optimizer.state[ours[0]]["root_step"]) == 6
 
 
 def test_wrong_parameters():

@@ -70,7 +70,7 @@ class LowBitOptimizer(Optimizer):
     second: str | None = None
     lacks: tuple[str, ...] = ()  # options of all that it does not have
     moments_alone = True  # whether nothing else is kept, so that states belong to elements and can be sharded anew
-    host_tensors: tuple[str, ...] = ("step",)  # of a state, those in host memory unless ``capturable``
+    host_tensors: tuple[str, ...] = ()  # of a state, those in host memory beside the counter
 
     def __init__(self, params, options: dict, **own):
         what = type(self).__name__
@@ -98,6 +98,10 @@ class LowBitOptimizer(Optimizer):
     def new_moment(self, form: forms.Form, name: str, shape, group: dict, device) -> dict:
         """The tensors of a moment before the first step."""
         return forms.zeros(form, name, shape, device)
+
+    def host_tensors_of(self, group: dict) -> tuple[str, ...]:
+        """The tensors of a state that are in host memory; the counter is unless ``capturable``."""
+        return self.host_tensors if group["capturable"] else ("step", *self.host_tensors)
 
     def new_others(self, p, group: dict) -> dict:
         """The tensors of a state beside counter, moments and residual before the first step."""

@@ -156,7 +156,7 @@ def _copies(optimizer, state_dict, owners):
     state = type(optimizer.state)(dict)
     for index, values in state_dict["state"].items():
         p, group = owners[index]
-        device, host = local(p).device, () if group["capturable"] else optimizer.host_tensors
+        device, host = local(p).device, optimizer.host_tensors_of(group)
         state[p] = {
             name: value.detach().to("cpu" if name in host else device, copy=True).contiguous()
             for name, value in values.items()

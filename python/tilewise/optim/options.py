@@ -190,7 +190,3 @@ def _check_states(operation, group):
         raise NotImplementedError(f"{operation}: second_moment is 'rank1' with state_bits {bits}, expected 4")
     if group["master_weights"] and group["stochastic_rounding"]:
         raise ValueError(f"{operation}: stochastic_rounding is True with master_weights, expected False")
-    if "graft" in group and group["capturable"]:
-        raise NotImplementedError(
-            f"{operation}: capturable is True, expected False (factorisations wait for the device)"
-        )

@@ -260,8 +260,8 @@ class Product(NamedTuple):
     direction: torch.Tensor  # (m, n), overwritten
 
 
-def precondition(jobs) -> None:
-    """direction = left gradient right, at the gradient's norm."""
+def precondition(jobs, or_gradient=False) -> None:
+    """direction = left gradient right, at the gradient's norm; of roots that are zero the gradient, if asked for."""
     key = lambda j: (*j.gradient.shape, j.left.quantized, j.right.quantized)  # noqa: E731
     for batch in _batches(jobs, key, lambda j: j.left.order**2 + j.right.order**2):
         g = _stack([job.gradient for job in batch])
@@ -270,8 +270,10 @@ def precondition(jobs) -> None:
         out = out @ roots_of([job.right for job in batch]).to(dtype)
         size, new_size = _norms(g), _norms(out)
         scale = torch.where(new_size > 0, size / new_size, 0)
-        for job, *factors in zip(batch, out, scale, strict=True):
-            torch.mul(*factors, out=job.direction)
+        for i, job in enumerate(batch):
+            torch.mul(out[i], scale[i], out=job.direction)
+            if or_gradient:
+                job.direction.copy_(torch.where(new_size[i] == 0, g[i], job.direction))
 
 
 def _norms(matrices):

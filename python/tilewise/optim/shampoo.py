@@ -5,6 +5,7 @@ import torch
 from tilewise.optim import forms, shampoo_state
 from tilewise.optim.base import LowBitOptimizer
 from tilewise.optim.checkpoint import check_tensors_fit
+from tilewise.optim.options import check_group
 from tilewise.optim.overrides import resolved
 from tilewise.optim.preconditioners import Product, Slot, Statistic, compute_roots, precondition, update_statistics
 from tilewise.optim.tensors import local
@@ -51,10 +52,13 @@ class Shampoo(LowBitOptimizer):
             matrices in 4; matrices with fewer than ``min_quantized_size`` elements stay in float32, too.
 
     Matrices of equal order are worked on together, over all parameters of a group; eigenvectors and QR are
-    torch.linalg's, which on CUDA may wait for the device: ``capturable`` is not served. The moments' step is one fused
-    pass over the parameters of a group, at most 2^24 elements at a time. Every option may differ between parameter
-    groups; ``graft``, ``max_order`` and the options of states decide at a parameter's first step. Later changes do not
-    touch existing states, and a change of ``graft`` raises. Of a DTensor the local shard is the matrix.
+    torch.linalg's, which on CUDA may wait for the device. With ``capturable`` a CUDA graph leaves them out: what is
+    replayed preconditions with the roots of the moment, and :meth:`update_preconditioners` does between replays what
+    the intervals ask for. Roots in 4 bits are multiplied in bfloat16 on CUDA and on CPUs with AMX tiles. The moments'
+    step is one fused pass over the parameters of a group, at most 2^24 elements at a time. Every option may differ
+    between parameter groups; ``graft``, ``max_order`` and the options of states decide at a parameter's first step.
+    Later changes do not touch existing states, and a change of ``graft`` raises. Of a DTensor the local shard is the
+    matrix.
 
     A gradient block whose products are not finite leaves its statistics as they are; the parameters of that block
     become NaN, as in torch.optim.AdamW. Under torch.amp.GradScaler such steps are skipped.
@@ -63,7 +67,7 @@ class Shampoo(LowBitOptimizer):
         ValueError: an option out of range; a state that does not fit its parameter; a state dict that is truncated,
             foreign, of another version or for other shapes (nothing is changed then).
         TypeError: an option, parameter, gradient or state of a wrong type or dtype; sparse gradients.
-        NotImplementedError: as in :class:`Adam`; ``capturable``.
+        NotImplementedError: as in :class:`Adam`.
 
     Example::
 
@@ -74,7 +78,7 @@ class Shampoo(LowBitOptimizer):
 
     rule, first, second = "adam", "exp_avg", "exp_avg_sq"
     lacks, moments_alone = ("block_size",), False
-    host_tensors = ("step", *shampoo_state.HOST_TENSORS)
+    host_tensors = tuple(shampoo_state.HOST_TENSORS)
 
     def __init__(
         self,
@@ -171,13 +175,50 @@ class Shampoo(LowBitOptimizer):
         if any(size > 1 and stride == 0 for size, stride in zip(p.shape, p.stride(), strict=True)):
             raise ValueError(f"Shampoo: param has strides {p.stride()}, expected elements that do not overlap")
         check_tensors_fit("Shampoo: a state", self, row.state, row.p, group)
-        if any(t.device != p.device for name, t in row.state.items() if name not in self.host_tensors):
+        host = self.host_tensors_of(group)
+        if any(t.device != p.device for name, t in row.state.items() if name not in host):
             raise ValueError(f"Shampoo: param is on {p.device}, expected the device of its state")
+
+    @torch.no_grad()
+    def update_preconditioners(self):
+        """Moves statistics and computes roots where a multiple of their interval passed since they last were.
+
+        To be called between replays of a graph that holds :meth:`step`; the gradients are those that the graph left in
+        ``grad``. It reads the step counters, so it waits for the device; every ``precondition_interval`` replays is
+        often enough. A :meth:`step` that is not captured does the same by itself, before it preconditions.
+
+        Raises:
+            ValueError, TypeError: as :meth:`step`; nothing is changed.
+
+        Example::
+
+            optimizer = tilewise.optim.Shampoo(model.parameters(), capturable=True, precondition_interval=100)
+            ...  # steps that are not captured, at least one: they create the states
+            with torch.cuda.graph(graph):
+                model(x).square().mean().backward()
+                optimizer.step()
+            for i in range(1, 10001):
+                x.copy_(next(batches))
+                graph.replay()
+                if i % 100 == 0:
+                    optimizer.update_preconditioners()
+        """
+        for group in self.param_groups:
+            check_group(type(self).__name__, group, self.options)
+        for group, params, grads, rows in self._calls():
+            states = [row.state for row in rows]
+            for piece in _pieces([p.numel() for p in params]):
+                with torch.autocast(params[0].device.type, enabled=False):
+                    _update_matrices(group, grads[piece], states[piece], _steps(states[piece]))
 
     def _step_rows(self, group, params, grads, rows):
         for piece in _pieces([p.numel() for p in params]):
+            states = [row.state for row in rows[piece]]
             with torch.autocast(params[0].device.type, enabled=False):
-                directions = _directions(group, grads[piece], [row.state for row in rows[piece]])
+                captured = _is_captured(params[0])
+                if not captured:
+                    _update_matrices(group, grads[piece], states, [step + 1 for step in _steps(states)])
+                directions = _directions(grads[piece], states, captured)
             super()._step_rows(group, params[piece], directions, rows[piece])
 
 
@@ -192,27 +233,49 @@ def _pieces(sizes):
     yield slice(start, len(sizes))
 
 
-def _directions(group, grads, states):
-    """What takes the place of the gradients, after what this step does to the states."""
-    directions, statistics, slots, products = list(grads), [], [], []
-    for i, state in enumerate(states):
+def _is_captured(p) -> bool:
+    return p.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def _steps(states):
+    """The counters as numbers; waits for the device if they are there."""
+    return torch.stack([state["step"] for state in states]).int().tolist()
+
+
+def _update_matrices(group, grads, states, steps):
+    """What the intervals ask for at these steps: statistics of the gradients, and inverse roots."""
+    statistics, slots = [], []
+    for grad, state, step in zip(grads, states, steps, strict=True):
         where = shampoo_state.layout_of(state)
         if where is None:
             continue
-        step, g = int(state["step"]) + 1, grads[i].float().reshape(where.rows, where.columns)
-        if step % group["precondition_interval"] == 0:
-            statistics += _statistics(where, state, g)
+        if _is_due(step, state["statistics_step"], group["precondition_interval"]):
+            statistics += _statistics(where, state, grad.float().reshape(where.rows, where.columns))
             state["statistics_step"].fill_(step)
-        if step % group["root_interval"] == 0 and state["statistics_step"] > 0:
+        if _is_due(step, state["root_step"], group["root_interval"]) and state["statistics_step"] > 0:
             slots += [Slot(state, order, i) for order, count in where.orders.items() for i in range(count)]
             state["root_step"].fill_(step)
-        if state["root_step"] > 0:
-            direction = torch.empty_like(g, memory_format=torch.contiguous_format)
-            products += _products(where, state, g, direction)
-            directions[i] = direction.view(grads[i].shape)
     update_statistics(statistics, group["shampoo_beta"])
     compute_roots(slots, group["matrix_eps"])
-    precondition(products)
+
+
+def _is_due(step, last, interval):
+    """Whether a multiple of the interval passed since the last time."""
+    return step // interval > int(last) // interval
+
+
+def _directions(grads, states, captured):
+    """What takes the place of the gradients; in a graph of every one that has matrices, as roots may come later."""
+    directions, products = list(grads), []
+    for i, (grad, state) in enumerate(zip(grads, states, strict=True)):
+        where = shampoo_state.layout_of(state)
+        if where is None or not (captured or state["root_step"] > 0):
+            continue
+        g = grad.float().reshape(where.rows, where.columns)
+        direction = torch.empty_like(g, memory_format=torch.contiguous_format)
+        products += _products(where, state, g, direction)
+        directions[i] = direction.view(grad.shape)
+    precondition(products, or_gradient=captured)
     return directions
 
 
