@@ -9,6 +9,7 @@ import torch
 
 import tilewise as tw
 from tilewise.optim import forms
+from tilewise.optim.step import Options
 from tilewise.reference import optim as reference
 
 SHAPES = [(64, 80), (130, 33), (5,), (), (0, 3)]
@@ -29,7 +30,7 @@ class ReferenceLion(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            rule = reference.Rule("lion", group["lr"], *group["betas"], weight_decay=group["weight_decay"])
+            rule = Options("lion", group["lr"], *group["betas"], weight_decay=group["weight_decay"])
             rule = rule._replace(decoupled_weight_decay=True, maximize=group["maximize"])
             for p in group["params"]:
                 state = self.state[p]

@@ -1,16 +1,22 @@
 """The optimizers of tw.optim behave as torch.optim's: groups, schedules, scalers, hooks, copies; and on bad input."""
 
+import ast
 import copy
 import gc
+import inspect
 import pickle
+import re
+from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 import tilewise as tw
 from optimizer_cases import MAKERS, assert_equal, copies, give_gradients, parameters, train
 from tilewise.optim import forms
+from tilewise.optim.options import COMMON
 from tilewise.optim.step import Options
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -279,11 +285,42 @@ def test_memory_report():
     assert report[0].bits == 4 and 0.53 < report[0].bytes_per_parameter < 0.57 and report[1].state_bytes == 3204
     lines = str(report).splitlines()
     assert len(lines) == 6 and "400x300" in lines[1] and f"{report.state_bytes:,}" in lines[-1]
-    rich = pytest.importorskip("rich.console")
-    console = rich.Console(record=True, width=120, file=open("/dev/null", "w"))  # noqa: SIM115
+    console = Console(record=True, width=120, file=open("/dev/null", "w"))  # noqa: SIM115
     console.print(report)
     assert "0.weight" in console.export_text()
     assert tw.optim.SGD(model.parameters()).memory_report()[0].form == "none"
+
+
+# ---- what is documented ----
+
+DOCUMENT = (Path(__file__).parents[1] / "docs" / "optim.md").read_text()
+
+
+def own_defaults(kind):
+    parameters = list(inspect.signature(kind).parameters.values())[1:]
+    return {p.name: p.default for p in parameters if p.kind is not p.VAR_KEYWORD}
+
+
+@every_optimizer
+def test_options_are_documented(make):
+    """docs/optim.md has every argument with its default, docstrings name them, and torch.optim's are the same."""
+    kind = make.func
+    call = re.search(rf"^{kind.__name__}\((.*?)\)$", DOCUMENT, re.MULTILINE | re.DOTALL)
+    documented = {k.arg: ast.literal_eval(k.value) for k in ast.parse(call[0]).body[0].value.keywords}
+    assert documented == own_defaults(kind) and list(documented) == list(own_defaults(kind))
+    named = kind.__doc__ + (tw.optim.Adam.__doc__ if kind is tw.optim.AdamW else "")
+    assert all(re.search(rf"\b{name}\b", named) for name in documented)
+    theirs = own_defaults(getattr(torch.optim, kind.__name__, tw.optim.AdamW if "Shampoo" in kind.__name__ else kind))
+    for name in documented.keys() & theirs.keys():
+        assert documented[name] == theirs[name]
+
+
+def test_common_options_and_names_are_documented():
+    table = dict(re.findall(r"^\| `(\w+)` \| `(.*?)` \|", DOCUMENT, re.MULTILINE))
+    assert {name: ast.literal_eval(value) for name, value in table.items()} == COMMON
+    for name in COMMON:
+        assert f"``{name}=" in tw.optim.Adam.__doc__ and name in tw.optim.LowBitOptimizer.__doc__
+    assert all(re.search(rf"\b{name}\b", DOCUMENT) for name in tw.optim.__all__)
 
 
 # ---- bad input ----

@@ -17,6 +17,7 @@ from optimizer_cases import (
     train,
 )
 from tilewise.optim import forms
+from tilewise.optim.step import Options
 from tilewise.reference import optim as reference
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -98,7 +99,7 @@ def assert_follows_the_reference(case, bits, second, where):
 
 def rule_of(optimizer, group):
     fields = {"weight_decay": group["weight_decay"], "maximize": group["maximize"], **optimizer.numbers(group)}
-    return reference.Rule(optimizer.rule, group["lr"], **fields)
+    return Options(optimizer.rule, group["lr"], **fields)
 
 
 def initial_moments(optimizer, p, group):

@@ -30,7 +30,8 @@ class Adam(LowBitOptimizer):
         decoupled_weight_decay: decay as AdamW does.
         options: those of every optimizer of this package (:class:`LowBitOptimizer`): ``state_bits=4``,
             ``block_size=None``, ``second_moment="block"``, ``min_quantized_size=4096``, ``stochastic_rounding=False``,
-            ``seed=0``, ``master_weights=False``, ``maximize=False``, ``capturable=False``.
+            ``seed=0``, ``master_weights=False``, ``maximize=False``, ``capturable=False``; and without effect
+            ``foreach=None``, ``fused=None``, ``differentiable=False``.
 
     Step counters are in host memory unless ``capturable``. A NaN or infinite gradient element makes its parameter NaN,
     as in torch.optim; in quantised states the moments of that element restart from zero and its neighbours are

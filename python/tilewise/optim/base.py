@@ -59,6 +59,7 @@ class LowBitOptimizer(Optimizer):
         maximize            ascend
         capturable          step counters on the device, so that a CUDA graph may be replayed
         foreach, fused      accepted for torch.optim's sake: every step is one fused pass
+        differentiable      only False
 
     ``state_bits``, ``block_size``, ``second_moment`` and ``min_quantized_size`` decide at a parameter's first step,
     together with :func:`override`; later changes do not touch existing states. Every option may differ between

@@ -3,14 +3,17 @@
 import torch
 
 from tilewise.optim import forms, shampoo_state
+from tilewise.optim.adam import AdamW
 from tilewise.optim.base import LowBitOptimizer
 from tilewise.optim.checkpoint import check_tensors_fit
 from tilewise.optim.options import check_group
 from tilewise.optim.overrides import resolved
 from tilewise.optim.preconditioners import Product, Slot, Statistic, compute_roots, precondition, update_statistics
+from tilewise.optim.sgd import SGD
 from tilewise.optim.tensors import local
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+GRAFTED = {"adamw": AdamW, "sgd": SGD}
 _PIECE_ELEMENTS = 1 << 24  # parameters stepped together, or one parameter: bounds the memory a step needs
 
 
@@ -76,7 +79,7 @@ class Shampoo(LowBitOptimizer):
         optimizer.step()
     """
 
-    rule, first, second = "adam", "exp_avg", "exp_avg_sq"
+    rule, first, second = AdamW.rule, AdamW.first, AdamW.second  # unless `graft` says otherwise
     lacks, moments_alone = ("block_size",), False
     host_tensors = tuple(shampoo_state.HOST_TENSORS)
 
@@ -117,18 +120,18 @@ class Shampoo(LowBitOptimizer):
 
     @staticmethod
     def numbers(group):
-        if group["graft"] == "sgd":
-            return {"beta1": group["momentum"]}
-        beta1, beta2 = group["betas"]
-        return {"beta1": beta1, "beta2": beta2, "eps": group["eps"], "decoupled_weight_decay": True}
+        fixed = {"decoupled_weight_decay": True, "dampening": 0.0, "nesterov": False}
+        return GRAFTED[group["graft"]].numbers(group | fixed)
 
     def rule_of(self, group):
-        return ("sgd", "momentum_buffer", None) if group["graft"] == "sgd" else (self.rule, self.first, self.second)
+        grafted = GRAFTED[group["graft"]]
+        return grafted.rule, grafted.first, grafted.second
 
     def moments(self, group):
-        if group["graft"] == "sgd":
-            return {"momentum_buffer": True} if group["momentum"] > 0 else {}
-        return {self.first: True, self.second: False}
+        _, first, second = self.rule_of(group)
+        if second is None:
+            return {first: True} if group["momentum"] > 0 else {}
+        return {first: True, second: False}
 
     def planned_forms(self, p, group):
         options = resolved(p, group)

@@ -1,7 +1,5 @@
 """Optimizers with quantised states in plain torch; runs in the dtype of its arguments (the tests pass float64)."""
 
-from typing import NamedTuple
-
 import torch
 
 from tilewise.reference.philox import words as philox_words
@@ -103,25 +101,10 @@ def dequantize(indices, scales, shape, signed, bits=4):
 # ---- one step ----
 
 
-class Rule(NamedTuple):
-    """The numbers of a step, as ``tilewise.optim.step.Options`` names them."""
-
-    rule: str  # adam, sgd, lion, rmsprop or adagrad
-    lr: float
-    beta1: float = 0.0
-    beta2: float = 0.0
-    eps: float = 0.0
-    weight_decay: float = 0.0
-    dampening: float = 0.0
-    lr_decay: float = 0.0
-    decoupled_weight_decay: bool = False
-    nesterov: bool = False
-    maximize: bool = False
-
-
 def step(o, p, g, m, v, t):
     """New (p, m, v); ``t`` counts from 1. The moments are those before quantisation; None where the rule keeps none.
 
+    ``o`` has the numbers of the rule by name, as tilewise.optim.step.Options has: rule, lr, beta1, beta2, ...
     A second moment that is factored is passed as ``v`` already averaged: a function of nothing, ``lambda: v``.
     """
     g = effective_gradient(o, p, g)
