@@ -1,6 +1,7 @@
 // Probes of the instructions that run everywhere: 16 raw words per thread in, 16 out. golden.py lists them with their
 // inputs and models; a GPU's answers are recorded in tests/golden.
 #include "probe.h"
+#include "simt/philox.h"
 
 namespace probes {
 namespace {
@@ -77,6 +78,20 @@ struct ScalarProbe {
     if (result == kUnknown) result = packed(p.op, a, b, c);
     if (result == kUnknown) result = bits(p.op, a, b, c);
     p.out[i] = result;
+  }
+};
+
+// Words 0-1 are the key, 2-4 the counter.
+struct RandomProbe {
+  static constexpr int kThreads = 128, kMinArch = 800;
+  using Params = probes::Params;
+  struct Smem {};
+
+  static SIMT_DEVICE void run(const Params& p, Smem&) {
+    const size_t i = static_cast<size_t>(block_idx().x * kThreads + thread_id()) * kWords;
+    const uint32_t* in = p.in + i;
+    const uint64_t key = static_cast<uint64_t>(in[1]) << 32 | in[0];
+    store16(p.out + i, p.op == id("philox") ? philox(key, in[2], in[3], in[4]) : make_uint4(kUnknown, 0, 0, 0));
   }
 };
 
@@ -273,6 +288,7 @@ SIMT_EXPORT const char* simt_probe(const char* kernel, const char* name, const u
   const dim3 grid(static_cast<unsigned>(blocks));
   switch (id(kernel)) {
     case id("scalar"): return launch<ScalarProbe>(grid, p, stream);
+    case id("random"): return launch<RandomProbe>(grid, p, stream);
     case id("warp"): return launch<WarpProbe>(grid, p, stream);
     case id("memory"): return launch<MemoryProbe>(grid, p, stream);
   }

@@ -4,6 +4,7 @@ A case's inputs are uint32 [threads, 16], as are its outputs. Its model returns 
 and, for results that are not exact, the absolute error allowed of each as a float.
 """
 
+import itertools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -193,6 +194,28 @@ def sparse_bits(rng):
     x = random_bits(rng) & random_bits(rng) >> rng.integers(0, 32, SCALAR_THREADS, dtype=np.uint32)
     x[:2] = 0, 0xFFFFFFFF
     return x
+
+
+# ---- random bits ----
+
+
+def philox(key0, key1, *counter):
+    """Philox4x32-10 of one counter, the fourth word of which is zero."""
+    a, b, c, d = *counter, 0
+    for i in range(10):
+        x, y = a * 0xD2511F53, c * 0xCD9E8D57
+        k0, k1 = (key0 + i * 0x9E3779B9) & 0xFFFFFFFF, (key1 + i * 0xBB67AE85) & 0xFFFFFFFF
+        a, b, c, d = y >> 32 ^ b ^ k0, y & 0xFFFFFFFF, x >> 32 ^ d ^ k1, x & 0xFFFFFFFF
+    return a, b, c, d
+
+
+def random_cases():
+    def make(rng):
+        x = frame(*(random_bits(rng) for _ in range(5)))
+        x[0, :5], x[1, :5] = 0, 0xFFFFFFFF
+        return x
+
+    return [Case("random", "philox", make, lambda x: np.array([philox(*map(int, row[:5])) for row in x], np.uint32))]
 
 
 # ---- collectives ----
@@ -621,7 +644,8 @@ def label(case, index):
 def all_cases():
     """Cases by a name that is unique and stable."""
     named, seen = {}, {}
-    for case in scalar_cases() + collective_cases() + matrix_cases() + product_cases() + memory_cases():
+    groups = scalar_cases, random_cases, collective_cases, matrix_cases, product_cases, memory_cases
+    for case in itertools.chain.from_iterable(group() for group in groups):
         seen[case.name] = seen.get(case.name, 0) + 1
         suffix = "" if seen[case.name] == 1 else f"-{seen[case.name]}"
         named[case.name + suffix] = case
@@ -629,7 +653,7 @@ def all_cases():
 
 
 CASES = all_cases()
-THREADS_PER_BLOCK = {"scalar": 128, "memory": 128, "warp": 32, "stmatrix": 32}
+THREADS_PER_BLOCK = {"scalar": 128, "random": 128, "memory": 128, "warp": 32, "stmatrix": 32}
 
 
 def inputs(name):

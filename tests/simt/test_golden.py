@@ -60,7 +60,7 @@ def test_recording_can_be_replayed(libraries, self_recorded):
         assert_agrees(libraries["plain"], name, x, recorded)
 
 
-@pytest.mark.parametrize("name", ("popc", "mma_sp_m16n8k32_bf16_0", "ldmatrix_x4_trans", "wgmma_bf16_n64"))
+@pytest.mark.parametrize("name", ("popc", "philox", "mma_sp_m16n8k32_bf16_0", "ldmatrix_x4_trans", "wgmma_bf16_n64"))
 def test_a_different_gpu_would_be_noticed(libraries, self_recorded, name):
     x, recorded = golden.load(self_recorded)[name]
     recorded[0, 0] ^= 0x00400000
