@@ -10,7 +10,7 @@ FACTS = {
     "BlockStep<.*fp16": {**_STEP, "LDG.*128": ">=20"},
     "FullStep<": {**_SMALL, "registers": "<=64", "LDG.*128": ">=4", "STG.*128": ">=3"},
     "TileStatistics": {**_SMALL, "registers": "<=64", "LDG.*128": ">=1"},
-    "CombineStatistics|PublishScales": {**_SMALL, "registers": "<=64", "ATOM|RED": 0},
+    "CombineStatistics|InvertMean|PublishScales": {**_SMALL, "registers": "<=64", "ATOM|RED": 0},
     "CountSteps": {**_SMALL, "registers": "<=32"},
     "Quantize": {**_SMALL, "LDG.*128": ">=8", "STG.*128": ">=1"},
     "Dequantize": {**_SMALL, "LDG.*128": ">=1", "STG.*128": ">=8"},

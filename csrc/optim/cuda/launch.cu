@@ -18,8 +18,11 @@ bool aligned16(const void* p) {
 bool is_rank1(const StepTensor& t) {
   return t.second.format == Format::rank1;
 }
+bool is_factored(const StepTensor& t) {
+  return t.second.format == Format::factored;
+}
 bool is_structured(const StepTensor& t) {
-  return t.n && (is_rank1(t) || t.second.format == Format::factored);
+  return t.n && (is_rank1(t) || is_factored(t));
 }
 bool has_bits4(const StepTensor& t) {
   return t.first.format == Format::bits4 || t.second.format == Format::bits4 || is_rank1(t);
@@ -63,10 +66,11 @@ class Step {
     if (p_.structured && !short_sides()) return "a row or column of 2^31 elements in a rank-1 or factored moment";
     if (p_.structured) {
       each(&tile_statistics, tiles_of, is_structured);
-      each(&combine_statistics, one, is_structured);
+      each(&combine_statistics, combine_units, is_structured);
+      each(&invert_mean, one, [](const StepTensor& t) { return t.n && is_factored(t); });
     }
     for (const Float param : kFloats) step(param);
-    if (p_.structured) each(&publish_scales, one, [](const StepTensor& t) { return t.n && is_rank1(t); });
+    if (p_.structured) each(&publish_scales, publish_units, [](const StepTensor& t) { return t.n && is_rank1(t); });
     if (p_.device.steps) count_steps();
     return why_;
   }

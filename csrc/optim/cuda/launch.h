@@ -11,7 +11,10 @@ StepLaunch bits4_step_of(Float param, bool is_structured);
 StepLaunch bits8_step_of(Float param, bool is_structured);
 const char* tile_statistics(const TensorTable&, unsigned thread_blocks, void* stream);
 const char* combine_statistics(const TensorTable&, unsigned thread_blocks, void* stream);
+const char* invert_mean(const TensorTable&, unsigned thread_blocks, void* stream);
 const char* publish_scales(const TensorTable&, unsigned thread_blocks, void* stream);
+int64_t combine_units(const StepTensor&);
+int64_t publish_units(const StepTensor&);
 
 template <class Kernel>
 const char* launch_table(const TensorTable& table, unsigned thread_blocks, void* stream) {

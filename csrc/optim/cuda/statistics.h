@@ -1,6 +1,6 @@
 // What rank-1 and factored second moments need before their step: the largest new v, or the mean of g^2, of every row
-// and column. A thread block reduces a tile, another adds the tiles' partial results in order: no atomics, so the sums
-// do not depend on the schedule. After the step the new scales take the old ones' place.
+// and column. A thread block reduces a tile, others add the tiles' partial results, in an order that does not depend on
+// the schedule: no atomics. After the step the new scales take the old ones' place.
 #pragma once
 #include "optim/cuda/codec.h"
 #include "optim/cuda/master.h"
@@ -104,9 +104,66 @@ struct TileStatistics {
   }
 };
 
-// One thread block per tensor. Rank-1: the new scales, in the workspace. Factored: the moving averages of rows and
-// columns in place, and 1 / mean(row).
+// A unit adds up the partial results of as many rows, or of as many columns, as a warp has lanes: a lane's tiles are
+// shared out among the warps. Rank-1: the new scales, in the workspace. Factored: the moving averages, in place.
 struct CombineStatistics {
+  static constexpr int kThreads = 256, kMinArch = 800, kWarps = kThreads / kWarp;
+  using Params = TensorTable;
+  struct Smem {
+    float totals[kWarps][kWarp];
+  };
+
+  // Of rows, or of columns: partial results [tiles, count], each of `size` elements in all; where the first one's
+  // result stands among rows + columns.
+  struct Side {
+    const float* partials;
+    int64_t tiles, count, size, offset;
+  };
+
+  SIMT_HD static int64_t units(int64_t rows, int64_t columns) {
+    return ceil_div<int64_t>(rows, kWarp) + ceil_div<int64_t>(columns, kWarp);
+  }
+
+  SIMT_DEVICE static void run(const Params& q, Smem& s) {
+    if (skipped(q.c.device)) return;
+    const int unit = static_cast<int>(block_idx().x);
+    const Entry& t = q.tensor_of(unit);
+    const Workspace work(t);
+    const int64_t of_tensor = unit - t.first_unit, row_units = ceil_div<int64_t>(t.rows, kWarp);
+    const bool is_column = of_tensor >= row_units;
+    const Side rows = {work.row_partials, ceil_div<int64_t>(t.columns, kTileColumns), t.rows, t.columns, 0};
+    const Side columns = {work.column_partials, ceil_div<int64_t>(t.rows, kTileRows), t.columns, t.rows, t.rows};
+    const Side side = is_column ? columns : rows;
+    const int64_t i = (of_tensor - (is_column ? row_units : 0)) * kWarp + lane_id();
+    const bool maximum = t.second_format == Format::rank1;
+    s.totals[warp_id()][lane_id()] = i < side.count ? share(side, i, maximum) : 0;
+    sync_block();
+    if (warp_id() > 0 || i >= side.count) return;
+    float total = s.totals[0][lane_id()];
+#pragma unroll
+    for (int w = 1; w < kWarps; w++) total = folded(total, s.totals[w][lane_id()], maximum);
+    if (maximum)
+      work.scales[side.offset + i] = total;
+    else
+      average(t.second_scales[side.offset + i], total / static_cast<float>(side.size), q.c);
+  }
+
+  // This warp's share of one row's or column's tiles.
+  SIMT_DEVICE static float share(const Side& side, int64_t i, bool maximum) {
+    float total = 0;
+#pragma unroll 8
+    for (int64_t tile = warp_id(); tile < side.tiles; tile += kWarps)
+      total = folded(total, side.partials[tile * side.count + i], maximum);
+    return total;
+  }
+
+  SIMT_DEVICE static void average(float& held, float mean, const CallConstants& c) {
+    held = fmaf(mean < INFINITY ? mean : 0, c.square_weight, held * c.beta2);
+  }
+};
+
+// After it, for factored moments: 1 / mean(row). One thread block per tensor.
+struct InvertMean {
   static constexpr int kThreads = 1024, kMinArch = 800, kWarps = kThreads / kWarp;
   using Params = TensorTable;
   struct Smem {
@@ -116,58 +173,32 @@ struct CombineStatistics {
   SIMT_DEVICE static void run(const Params& q, Smem& s) {
     if (skipped(q.c.device)) return;
     const Entry& t = q.tensors[block_idx().x];
-    const Workspace work(t);
-    const int64_t row_tiles = ceil_div<int64_t>(t.rows, kTileRows);
-    const int64_t column_tiles = ceil_div<int64_t>(t.columns, kTileColumns);
-    const float rows_sum = combine(q.c, t, work.row_partials, 0, t.rows, column_tiles, t.columns);
-    combine(q.c, t, work.column_partials, t.rows, t.columns, row_tiles, t.rows);
-    if (t.second_format != Format::factored) return;
-    const float sum = warp_sum(rows_sum);
+    float sum = 0;
+#pragma unroll 8
+    for (int64_t i = thread_id(); i < t.rows; i += kThreads) sum += t.second_scales[i];
+    sum = warp_sum(sum);
     if (lane_id() == 0) s.totals[warp_id()] = sum;
     sync_block();
-    if (thread_id() == 0) *work.inverse_mean(t) = inverse_mean(s, t.rows);
-  }
-
-  // Rows, or columns: `count` of them from `offset` on, over `tiles` partial results each, means of `size` elements.
-  // Returns this thread's part of the sum of their averages.
-  SIMT_DEVICE static float combine(const CallConstants& c, const Entry& t, const float* partials, int64_t offset,
-                                   int64_t count, int64_t tiles, int64_t size) {
-    const bool maximum = t.second_format == Format::rank1;
-    float* averages = t.second_scales + offset;
-    float sum = 0;
-    for (int64_t i = thread_id(); i < count; i += kThreads) {
-      float total = partials[i];
-#pragma unroll 8
-      for (int64_t tile = 1; tile < tiles; tile++) total = folded(total, partials[tile * count + i], maximum);
-      if (maximum) {
-        Workspace(t).scales[offset + i] = total;
-      } else {
-        const float average = fmaf(total / static_cast<float>(size), c.square_weight, averages[i] * c.beta2);
-        averages[i] = average;
-        sum += average;
-      }
-    }
-    return sum;
-  }
-
-  SIMT_DEVICE static float inverse_mean(const Smem& s, int64_t rows) {
-    float sum = 0;
-    for (int w = 0; w < kWarps; w++) sum += s.totals[w];
-    return 1 / fmaxf(sum / static_cast<float>(rows), 0x1p-126f);
+    if (thread_id() != 0) return;
+    for (int w = 1; w < kWarps; w++) sum += s.totals[w];
+    *Workspace(t).inverse_mean(t) = 1 / fmaxf(sum / static_cast<float>(t.rows), 0x1p-126f);
   }
 };
 
-// After the step. One thread block per tensor.
+// After the step, for rank-1 moments: a thread moves one scale.
 struct PublishScales {
-  static constexpr int kThreads = 512, kMinArch = 800;
+  static constexpr int kThreads = 256, kMinArch = 800;
   using Params = TensorTable;
   struct Smem {};
 
+  SIMT_HD static int64_t units(int64_t rows, int64_t columns) { return ceil_div<int64_t>(rows + columns, kThreads); }
+
   SIMT_DEVICE static void run(const Params& q, Smem&) {
     if (skipped(q.c.device)) return;
-    const Entry& t = q.tensors[block_idx().x];
-    const Workspace work(t);
-    for (int64_t i = thread_id(); i < t.rows + t.columns; i += kThreads) t.second_scales[i] = work.scales[i];
+    const int unit = static_cast<int>(block_idx().x);
+    const Entry& t = q.tensor_of(unit);
+    const int64_t i = static_cast<int64_t>(unit - t.first_unit) * kThreads + thread_id();
+    if (i < t.rows + t.columns) t.second_scales[i] = Workspace(t).scales[i];
   }
 };
 
