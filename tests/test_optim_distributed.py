@@ -8,6 +8,11 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as checkpoint
 import torch.multiprocessing as multiprocessing
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
@@ -16,12 +21,13 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 import tilewise as tw
 from optimizer_cases import ELEMENTWISE, assert_equal, assert_same_state, give_gradients, moments, snapshot
 from tilewise.optim import forms
-from tilewise.optim.distributed import load_portable_state_dict, portable_state_dict
+from tilewise.optim.distributed import load_portable_state_dict, local_state_dict, portable_state_dict
 from tilewise.optim.tensors import local, stream_of
 
 # Rows over 4 processes: 3 3 3 1, 1 1 1 0 (the last is empty), 2 2 2 2 (whole blocks of 128 and 256 elements) and 2 2 1.
 SHAPES = [(10, 700), (3, 2000), (8, 1024), (5,)]
 SECONDS = 240  # a deadlock is a failure
+TORCH_STATES = ("32", "rank1")  # through torch's own functions; 4-bit first moments are among them
 STATES = {"32": {"state_bits": 32}, "8": {"state_bits": 8}, "4": {}, "rank1": {"second_moment": "rank1"}}
 
 
@@ -92,7 +98,9 @@ def shampoo_shards(mesh):
             part.grad = local(p.grad).clone()
         optimizer.step(), other.step()
     assert_equal([local(p) for p in sharded], parts)
-    other.load_state_dict(optimizer.state_dict())
+    other.load_state_dict(local_state_dict(optimizer))
+    with pytest.raises(NotImplementedError, match="Shampoo.state_dict: a parameter is sharded"):
+        optimizer.state_dict()
 
 
 def streams(mesh):
@@ -168,6 +176,65 @@ def load_of_others(mesh, folder, world, others):
             steps(mesh, optimizer, sharded, tw.optim.AdamW(whole), whole, 1)
 
 
+def model_of(mesh=None):
+    """A network, the same in every process, whose 67 and 300 rows do not go evenly into processes; on FSDP2."""
+    torch.manual_seed(11)
+    model = torch.nn.Sequential(torch.nn.Linear(40, 67), torch.nn.GELU(), torch.nn.Linear(67, 300))
+    return fully_shard(model, mesh=mesh) if mesh else model
+
+
+def trained(mesh, **options):
+    """(model, optimizer) after two steps on whole batches."""
+    model = model_of(mesh)
+    optimizer = tw.optim.AdamW(model.parameters(), lr=1e-2, min_quantized_size=100, **options)
+    for _ in range(2):
+        model(torch.randn(16, 40)).square().mean().backward()
+        optimizer.step(), optimizer.zero_grad()
+    return model, optimizer
+
+
+def whole_moments(model, optimizer):
+    """{name: exp_avg} as every process sees it."""
+    state = get_optimizer_state_dict(model, optimizer)["state"]
+    gather = lambda t: t.full_tensor() if isinstance(t, DTensor) else t  # noqa: E731
+    return {name: gather(entry["exp_avg"]).clone() for name, entry in state.items()}
+
+
+def of_torch(mesh, folder, world, others):
+    """torch's own get_ and set_optimizer_state_dict: through torch.distributed.checkpoint, and by one whole dict."""
+    for name, options in [(name, STATES[name]) for name in TORCH_STATES]:
+        model, optimizer = trained(mesh, **options)
+        expected = whole_moments(model, optimizer)
+        saved = get_optimizer_state_dict(model, optimizer)
+        checkpoint.save({"optim": saved}, checkpoint_id=f"{folder}/torch-{name}-{world}")
+        torch.save(expected, f"{folder}/torch-{name}-{world}.moments")
+        whole = get_optimizer_state_dict(model, optimizer, options=StateDictOptions(full_state_dict=True))
+        assert all(type(t) is torch.Tensor for entry in whole["state"].values() for t in entry.values())
+        again = tw.optim.AdamW(model.parameters(), lr=0.5, min_quantized_size=100, **options)
+        for given, full in ((saved, False), (whole, True)):
+            set_optimizer_state_dict(model, again, given, options=StateDictOptions(full_state_dict=full))
+            assert again.param_groups[0]["lr"] == 1e-2
+            for p in model.parameters():
+                assert again.state[p].keys() == optimizer.state[p].keys()
+                for key, value in optimizer.state[p].items():
+                    torch.testing.assert_close(again.state[p][key], value, rtol=2.0**-21, atol=0)
+        again.load_state_dict(local_state_dict(optimizer))
+        for p in model.parameters():
+            assert_equal(again.state[p].values(), optimizer.state[p].values())
+    for other in others:
+        for name, options in [(name, STATES[name]) for name in TORCH_STATES]:
+            model = model_of(mesh)
+            optimizer = tw.optim.AdamW(model.parameters(), min_quantized_size=100, **options)
+            saved = {"optim": get_optimizer_state_dict(model, optimizer)}
+            checkpoint.load(saved, checkpoint_id=f"{folder}/torch-{name}-{other}")
+            set_optimizer_state_dict(model, optimizer, saved["optim"])
+            assert optimizer.param_groups[0]["lr"] == 1e-2
+            found, expected = whole_moments(model, optimizer), torch.load(f"{folder}/torch-{name}-{other}.moments")
+            for key, exact in expected.items():
+                assert (found[key] - exact).norm() <= {"32": 0, "rank1": 0.25}[name] * exact.norm()
+            assert all(float(state["step"]) == 2 for state in optimizer.state.values())
+
+
 def sharded_index(params, p):
     return next(i for i, q in enumerate(params) if q is p)
 
@@ -227,6 +294,7 @@ def work(rank, world, folder, others):
     fsdp(mesh)
     portable(mesh, folder, world)
     load_of_others(mesh, folder, world, others)
+    of_torch(mesh, folder, world, others)
     zero(rank)
     errors(mesh)
     dist.barrier()

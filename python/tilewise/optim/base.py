@@ -8,6 +8,7 @@ from torch.optim import Optimizer
 
 from tilewise.optim import forms
 from tilewise.optim.checkpoint import STATE_VERSION, adopt_state_dict
+from tilewise.optim.distributed import local_entry, sharded_state_dict
 from tilewise.optim.memory import MemoryReport, memory_report
 from tilewise.optim.options import check_group, complete
 from tilewise.optim.overrides import resolved
@@ -151,6 +152,15 @@ class LowBitOptimizer(Optimizer):
             del self.param_groups[before:]
             raise
 
+    def state_dict(self):
+        """As in torch.optim.Optimizer: of sharded parameters (DTensors) the moments are float32 DTensors, which take 8
+        bytes per parameter held here while the dict lives (:mod:`tilewise.optim.distributed`).
+
+        Raises:
+            NotImplementedError: of :class:`Shampoo` with sharded parameters.
+        """
+        return sharded_state_dict(self, super().state_dict())
+
     def load_state_dict(self, state_dict):
         """Takes over a dict of :meth:`state_dict`; the states are copied, to the device of each parameter.
 
@@ -163,7 +173,7 @@ class LowBitOptimizer(Optimizer):
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             replaced = hook(self, state_dict)
             state_dict = state_dict if replaced is None else replaced
-        self.__setstate__(adopt_state_dict(self, state_dict))
+        self.__setstate__(adopt_state_dict(self, state_dict, local_entry))
         for hook in self._optimizer_load_state_dict_post_hooks.values():
             hook(self)
 

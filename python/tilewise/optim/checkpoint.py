@@ -3,7 +3,8 @@
 Format, version 3 (``param_groups[i]["state_version"]``): per parameter ``step`` float32 scalar; each moment under the
 name that torch.optim gives it, in one of the forms of tilewise.optim.forms; ``residual`` int16 of the parameter's shape
 where a bfloat16 parameter has a float32 master. In row-major order of the parameter's elements.
-Shampoo's matrices: tilewise.optim.shampoo_state.
+Shampoo's matrices: tilewise.optim.shampoo_state. Of a sharded parameter the moments are float32 and the residual is
+int32, DTensors of the parameter's shape (tilewise.optim.distributed).
 Versions 1 and 2 kept the scales of both moments of AdamW side by side in ``scales``; such a dict raises here, and
 version 2 converts (:func:`tilewise.optim.convert_state_dict`).
 """
@@ -19,19 +20,24 @@ from tilewise.optim.tensors import local
 STATE_VERSION = 3
 
 
-def adopt_state_dict(optimizer, state_dict) -> dict:
+def adopt_state_dict(optimizer, state_dict, local_entry) -> dict:
     """``state`` and ``param_groups`` of an optimizer that takes over ``state_dict``, as copies on its devices.
+
+    ``local_entry(where, optimizer, state, p, group)`` is what of a state belongs to this process.
 
     Raises ValueError, TypeError or NotImplementedError unless it fits the optimizer's parameters exactly.
     """
     what = f"{type(optimizer).__name__}.load_state_dict"
     expect_outline(what, state_dict)
     owners = _check_groups(what, optimizer, state_dict["param_groups"])
+    states = {}
     for index, state in state_dict["state"].items():
         if index not in owners:
             raise ValueError(f"{what}: state has an entry {index!r}, expected indices of parameters in param_groups")
-        check_state(f"{what}: state[{index!r}]", optimizer, state, *owners[index])
-    return _copies(optimizer, state_dict, owners)
+        where = f"{what}: state[{index!r}]"
+        states[index] = local_entry(where, optimizer, state, *owners[index])
+        check_state(where, optimizer, states[index], *owners[index])
+    return _copies(optimizer, state_dict | {"state": states}, owners)
 
 
 def expect_outline(what, state_dict) -> None:

@@ -1,16 +1,20 @@
 """States of sharded parameters in a form that any sharding can load (``tilewise.optim.distributed``).
 
-Optimizers of this package step on the local shards of DTensors (FSDP2), whose blocks of codes belong to that sharding:
-``state_dict()`` fits the same number of processes only. :func:`portable_state_dict` gives float32 moments as DTensors
-with the parameters' placements, which torch.distributed.checkpoint saves and reshards::
+Optimizers of this package step on the local shards of DTensors (FSDP2), whose blocks of codes belong to that sharding.
+In ``optimizer.state_dict()`` the moments of sharded parameters are therefore float32 DTensors with the parameters'
+placements, as torch.optim's are, and every tool of torch that knows DTensors saves and reshards them::
 
-    torch.distributed.checkpoint.save({"optim": portable_state_dict(optimizer)}, checkpoint_id=path)
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
-    saved = {"optim": portable_state_dict(optimizer)}        # in another run, with another number of processes
+    torch.distributed.checkpoint.save({"optim": get_optimizer_state_dict(model, optimizer)}, checkpoint_id=path)
+
+    saved = {"optim": get_optimizer_state_dict(model, optimizer)}  # in another run, with another number of processes
     torch.distributed.checkpoint.load(saved, checkpoint_id=path)
-    load_portable_state_dict(optimizer, saved["optim"])
+    set_optimizer_state_dict(model, optimizer, saved["optim"])
 
-(torch.distributed.checkpoint.state_dict.get_optimizer_state_dict would take a shard's codes for a whole tensor.)
+:func:`portable_state_dict` and :func:`load_portable_state_dict` do the same without a model, leave out the options of
+states (``state_bits``, ...), and serve whole parameters too, so that one process may load what many saved.
+:func:`local_state_dict` is exact and small, for the same sharding only.
 
 ZeRO-1, each process keeping the states of some parameters, is torch's own wrapper::
 
@@ -25,7 +29,7 @@ from tilewise.optim.convert import encoded_state, expect_moments_alone
 from tilewise.optim.options import STATE_OPTIONS, check_group
 from tilewise.optim.tensors import is_sharded, local
 
-__all__ = ["load_portable_state_dict", "portable_state_dict"]
+__all__ = ["load_portable_state_dict", "local_state_dict", "portable_state_dict"]
 
 
 def portable_state_dict(optimizer) -> dict:
@@ -83,6 +87,48 @@ def load_portable_state_dict(optimizer, state_dict: dict) -> None:
         groups.append(new | {"params": list(range(count, count + len(names)))})
         count += len(names)
     optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def local_state_dict(optimizer) -> dict:
+    """The states as this process holds them, codes of its shards included: for :meth:`load_state_dict` of the same
+    process of the same sharding, which nobody checks. Save one file per process.
+    """
+    return torch.optim.Optimizer.state_dict(optimizer)
+
+
+# ---- state_dict() and load_state_dict() ----
+
+
+def sharded_state_dict(optimizer, state_dict: dict) -> dict:
+    """A local state dict with DTensors in the entries of sharded parameters; ``state_dict`` is changed.
+
+    Raises:
+        NotImplementedError: of :class:`Shampoo`, whose matrices belong to one sharding.
+    """
+    owners = [(group, p) for group in optimizer.param_groups for p in group["params"]]
+    for index in list(state_dict["state"]):
+        group, p = owners[index]
+        if not is_sharded(p):
+            continue
+        if not optimizer.moments_alone:
+            name = type(optimizer).__name__
+            raise NotImplementedError(
+                f"{name}.state_dict: a parameter is sharded, expected whole ones (matrices belong to one sharding: "
+                "save tilewise.optim.distributed.local_state_dict(optimizer), a file per process)"
+            )
+        state_dict["state"][index] = _portable(optimizer, group, p)
+    return state_dict
+
+
+def local_entry(where, optimizer, state, p, group):
+    """A parameter's state as this process holds it, from one that may have DTensors; others are not touched."""
+    if not isinstance(state, dict) or not any(is_sharded(value) for value in state.values()):
+        return state
+    expect_moments_alone(where.split(": ", 1)[0], optimizer)
+    return _held(where, optimizer, group, p, state)
+
+
+# ---- one parameter ----
 
 
 def _portable_options(optimizer):
