@@ -9,6 +9,10 @@ if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
   set(TILEWISE_FLAGS_avx2 -mavx2 -mfma -mbmi2 -mf16c -mprefer-vector-width=256)
   set(TILEWISE_FLAGS_avx512 -mavx2 -mfma -mbmi2 -mf16c -mavx512f -mavx512bw -mavx512vl -mavx512dq
       -mprefer-vector-width=512)
+  # Its blocks are long chains of arithmetic, two of them side by side: worth scheduling before registers are allocated.
+  if(CMAKE_CXX_COMPILER_ID STREQUAL GNU)
+    set(TILEWISE_FLAGS_optim_avx512 -fschedule-insns -fsched-pressure -mtune=icelake-server)
+  endif()
   set(TILEWISE_FLAGS_amx ${TILEWISE_FLAGS_avx512} -mavx512bf16 -mamx-tile -mamx-bf16)
 endif()
 
@@ -26,7 +30,7 @@ function(tilewise_add_isa_objects target family folder)
     add_library(${objects} OBJECT ${source})
     target_include_directories(${objects} PRIVATE ${CMAKE_SOURCE_DIR}/csrc ${CMAKE_SOURCE_DIR}/include)
     target_compile_definitions(${objects} PRIVATE TILEWISE_ISA=${isa})
-    target_compile_options(${objects} PRIVATE ${TILEWISE_FLAGS_${isa}} -O3 -Wall -nostdinc++ -fno-exceptions -fno-rtti
+    target_compile_options(${objects} PRIVATE ${TILEWISE_FLAGS_${isa}} ${TILEWISE_FLAGS_${family}_${isa}} -O3 -Wall -nostdinc++ -fno-exceptions -fno-rtti
       -fno-threadsafe-statics -fno-asynchronous-unwind-tables -fno-math-errno -fno-trapping-math -ffp-contract=fast
       -Wno-psabi -Wno-unused-function
       -Wno-uninitialized -Wno-maybe-uninitialized)  # false: GCC's own intrinsics headers

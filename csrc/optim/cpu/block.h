@@ -1,4 +1,6 @@
-// One block of one parameter: decode, average, update, encode, in registers.
+// One block of one parameter, in two parts: its moments are decoded and averaged, then the parameter is updated and the
+// moments are encoded. A sequence of blocks averages the next one before it finishes this one, so that what waits in
+// one part (memory, the maximum over a block, the divider) has the arithmetic of the other to hide behind.
 #pragma once
 #include "optim/cpu/moments.h"
 #include "optim/cpu/rules.h"
@@ -6,28 +8,48 @@
 namespace tilewise {
 namespace {
 
+// The hardware's own prefetch follows too few of a step's streams, and a block's arithmetic is too long for loads of
+// the next block to start early. One line with every vector: a burst of them would hold up the loads behind it.
+constexpr uintptr_t kPrefetchBytes = 3328, kLine = 64;
+TILEWISE_INLINE void prefetch(const void* now, uintptr_t distance) {
+  const uintptr_t ahead = reinterpret_cast<uintptr_t>(now) + distance;  // an integer: it may lie beyond the array
+  __builtin_prefetch(reinterpret_cast<const void*>(ahead));
+}
+template <class T>
+TILEWISE_INLINE void prefetch_with_vector(const T* first, int at) {
+  if (at * sizeof(T) % kLine == 0) prefetch(first + at, kPrefetchBytes);
+}
+
 template <class First, class Second>
 constexpr int kPiecesOf = max_of(First::kPieces, Second::kPieces);
 
-template <class Moment_, int kPieces>
-TILEWISE_INLINE void read(Held held, float factor, BlockValues (&x)[kPieces]) {
-  if constexpr (Moment_::kKept) {
-#pragma GCC unroll 2
-    for (int piece = 0; piece < kPieces; piece++) Moment_::read(held, piece, factor, x[piece]);
-  }
+// A block between its two parts.
+template <class First, class Second>
+struct Averaged {
+  static constexpr int kPieces = kPiecesOf<First, Second>;
+  BlockValues m[kPieces], v[kPieces];
+  float first_scale, second_scale;
+  uint32_t top;  // the largest bits of the second moment
+};
+
+// Whether averaging leaves the moments as they will be encoded, and the second tells if both are finite.
+template <class Rule_, class Second>
+constexpr bool kFinal = Second::kQuantised && Rule_::kFirstIsFinite;
+
+template <class Moment_>
+TILEWISE_INLINE void read(Held held, int piece, float factor, BlockValues& x) {
+  if constexpr (Moment_::kKept) Moment_::read(held, piece, factor, x);
 }
 
 template <int kPieces>
 TILEWISE_INLINE uint32_t largest_bits(const BlockValues (&x)[kPieces]) {
   uint32_t top = 0;
-#pragma GCC unroll 2
   for (int piece = 0; piece < kPieces; piece++) top = max_of(top, max_bits(x[piece]));
   return top;
 }
 template <int kPieces>
 TILEWISE_INLINE uint32_t largest_magnitude_bits(const BlockValues (&x)[kPieces]) {
   uint32_t top = 0;
-#pragma GCC unroll 2
   for (int piece = 0; piece < kPieces; piece++) {
     BlockValues a;
 #pragma GCC unroll 16
@@ -37,77 +59,117 @@ TILEWISE_INLINE uint32_t largest_magnitude_bits(const BlockValues (&x)[kPieces])
   return top;
 }
 
-template <class First, class Second, int kPieces>
-TILEWISE_INLINE void write_scales(Held first, Held second, const BlockValues (&m)[kPieces], uint32_t top) {
-  if constexpr (First::kQuantised) *first.scale = signed_scale<typename First::Codec>(m);
-  if constexpr (Second::kQuantised) *second.scale = max_of(bits_to_float(top), Second::Codec::kMinUnsigned);
+template <class Rule_, class First, class Second, class G>
+__attribute__((noinline)) void average_block(const G* g, Held first, Held second, const StepConstants& k,
+                                             Averaged<First, Second>& block) {
+  VF first_top = set1(0);
+  VU second_top = {};
+  for (int piece = 0; piece < block.kPieces; piece++) {
+    BlockValues m, v;
+    read<First>(first, piece, Rule_::first_factor(k), m);
+    read<Second>(second, piece, k.beta2, v);
+#pragma GCC unroll 16
+    for (int i = 0; i < kVectors; i++) {
+      const int at = piece * kBlock + i * W;
+      prefetch_with_vector(g, at);
+      const VF grad = load(g + at);
+      Rule_::average(grad, m[i], k);
+      if constexpr (Second::kAveraged) v[i] = grad * set1(k.square_weight) * grad + v[i];
+      if constexpr (First::kKept) block.m[piece][i] = m[i];
+      if constexpr (Second::kKept) block.v[piece][i] = v[i];
+      if constexpr (kFinal<Rule_, Second> && First::kKept) first_top = absmax(first_top, m[i]);
+      if constexpr (kFinal<Rule_, Second>) second_top = max(second_top, (VU)v[i]);
+    }
+  }
+  if constexpr (kFinal<Rule_, Second>) {
+    const Tops top = tops_of((VU)first_top, second_top);
+    if constexpr (First::kQuantised) block.first_scale = max_of(bits_to_float(top.a), First::Codec::kMinSigned);
+    block.second_scale = max_of(bits_to_float(top.b), Second::Codec::kMinUnsigned);
+    block.top = top.b;
+  }
 }
+
 template <class First, class Second>
-TILEWISE_INLINE void write(Held first, Held second, int piece, const BlockValues& m, const BlockValues& v) {
-  if constexpr (First::kKept) First::write(first, piece, m);
-  if constexpr (Second::kAveraged) Second::write(second, piece, v);
+TILEWISE_INLINE void write_scales(Held first, Held second, const Averaged<First, Second>& block) {
+  if constexpr (First::kQuantised) *first.scale = block.first_scale;
+  if constexpr (Second::kQuantised) *second.scale = block.second_scale;
 }
 
 // Quantised moments that are not finite restart from zero, so that one bad gradient does not reach the other elements
 // of the block through its scale.
-template <class First, class Second, int kPieces>
-TILEWISE_INLINE void drop_nonfinite(BlockValues (&m)[kPieces], BlockValues (&v)[kPieces]) {
-#pragma GCC unroll 2
-  for (int piece = 0; piece < kPieces; piece++) {
+template <class First, class Second>
+TILEWISE_INLINE void drop_nonfinite(Averaged<First, Second>& block) {
+  for (int piece = 0; piece < block.kPieces; piece++) {
+    BlockValues &m = block.m[piece], &v = block.v[piece];
 #pragma GCC unroll 16
     for (int i = 0; i < kVectors; i++) {
       VI bad = {};
-      if constexpr (First::kKept) bad |= (VI)((VU)abs(m[piece][i]) >= kInfinityBits);
-      if constexpr (Second::kKept) bad |= (VI)((VU)v[piece][i] >= kInfinityBits);
-      if constexpr (First::kQuantised) m[piece][i] = select(bad, set1(0), m[piece][i]);
-      if constexpr (Second::kQuantised) v[piece][i] = select(bad, set1(0), v[piece][i]);
+      if constexpr (First::kKept) bad |= (VI)((VU)abs(m[i]) >= kInfinityBits);
+      if constexpr (Second::kKept) bad |= (VI)((VU)v[i] >= kInfinityBits);
+      if constexpr (First::kQuantised) m[i] = select(bad, set1(0), m[i]);
+      if constexpr (Second::kQuantised) v[i] = select(bad, set1(0), v[i]);
     }
   }
 }
 
-// The fast kind gives way to the careful one before it has changed anything.
-template <class Rule_, class First, class Second, bool kFast, class P, class G>
-__attribute__((noinline)) void step_block(P* p, const G* g, Held first, Held second, const StepConstants& k) {
-  constexpr int kPieces = kPiecesOf<First, Second>;
-  constexpr bool kQuick = kFast && Second::kQuantised;  // the others cannot tell
-  BlockValues m[kPieces], v[kPieces];
-  read<First>(first, Rule_::first_factor(k), m);
-  read<Second>(second, k.beta2, v);
-#pragma GCC unroll 2
-  for (int piece = 0; piece < kPieces; piece++) {
-#pragma GCC unroll 16
-    for (int i = 0; i < kVectors; i++) {
-      const VF grad = load(g + piece * kBlock + i * W);
-      Rule_::average(grad, m[piece][i], k);
-      if constexpr (Second::kAveraged) v[piece][i] = grad * set1(k.square_weight) * grad + v[piece][i];
-    }
-  }
-  uint32_t top = 0;
-  if constexpr (Second::kQuantised) top = largest_bits(v);
-  if constexpr (kQuick)
-    if (__builtin_expect(top >= kInfinityBits || k.careful, 0))
-      return step_block<Rule_, First, Second, false>(p, g, first, second, k);
-  // Where the moments are final already, a half is encoded behind its update, in the shadow of the square roots.
-  constexpr bool kAtOnce = kQuick && Rule_::kFirstIsFinite;
-  if constexpr (kAtOnce) write_scales<First, Second>(first, second, m, top);
-#pragma GCC unroll 2
-  for (int piece = 0; piece < kPieces; piece++) {
+// The careful kind: moments that the update changes, or that may not be finite.
+template <class Rule_, class First, class Second, class P, class G>
+__attribute__((noinline)) void finish_carefully(P* p, const G* g, Held first, Held second, const StepConstants& k,
+                                                Averaged<First, Second>& block) {
+  for (int piece = 0; piece < block.kPieces; piece++) {
 #pragma GCC unroll 16
     for (int i = 0; i < kVectors; i++) {
       const int at = piece * kBlock + i * W;
-      store(p + at, Rule_::template updated<kQuick>(load(p + at), load(g + at), m[piece][i], v[piece][i], k));
+      prefetch_with_vector(p, at);
+      VF m = block.m[piece][i];
+      store(p + at, Rule_::template updated<false>(load(p + at), load(g + at), m, block.v[piece][i], k));
+      if constexpr (First::kKept) block.m[piece][i] = m;
     }
-    if constexpr (kAtOnce) write<First, Second>(first, second, piece, m[piece], v[piece]);
   }
-  if constexpr (kAtOnce) return;
   if constexpr (First::kQuantised || Second::kQuantised) {
-    if constexpr (First::kQuantised) top = max_of(top, largest_magnitude_bits(m));
-    if (__builtin_expect(top >= kInfinityBits, 0)) drop_nonfinite<First, Second>(m, v);
-    if constexpr (Second::kQuantised) top = largest_bits(v);
+    uint32_t top = 0;
+    if constexpr (First::kQuantised) top = largest_magnitude_bits(block.m);
+    if constexpr (Second::kQuantised) top = max_of(top, largest_bits(block.v));
+    if (__builtin_expect(top >= kInfinityBits, 0)) drop_nonfinite<First, Second>(block);
+    if constexpr (First::kQuantised) block.first_scale = signed_scale<typename First::Codec>(block.m);
+    if constexpr (Second::kQuantised) block.second_scale = unsigned_scale<typename Second::Codec>(block.v);
   }
-  write_scales<First, Second>(first, second, m, top);
-#pragma GCC unroll 2
-  for (int piece = 0; piece < kPieces; piece++) write<First, Second>(first, second, piece, m[piece], v[piece]);
+  write_scales<First, Second>(first, second, block);
+  for (int piece = 0; piece < block.kPieces; piece++) {
+    typename First::Writer to_first(first, block.first_scale, piece);
+    typename Second::Writer to_second(second, block.second_scale, piece);
+#pragma GCC unroll 16
+    for (int i = 0; i < kVectors; i++) {
+      to_first.put(i, block.m[piece][i]);
+      to_second.put(i, block.v[piece][i]);
+    }
+  }
+}
+
+template <class Rule_, class First, class Second, class P, class G>
+__attribute__((noinline)) void finish_block(P* p, const G* g, Held first, Held second, const StepConstants& k,
+                                            Averaged<First, Second>& block) {
+  // Where the moments are final already, a vector is encoded behind its update, in the shadow of the square roots.
+  if constexpr (kFinal<Rule_, Second>) {
+    if (__builtin_expect(block.top < kInfinityBits && !k.careful, 1)) {
+      write_scales<First, Second>(first, second, block);
+      for (int piece = 0; piece < block.kPieces; piece++) {
+        typename First::Writer to_first(first, block.first_scale, piece);
+        typename Second::Writer to_second(second, block.second_scale, piece);
+#pragma GCC unroll 16
+        for (int i = 0; i < kVectors; i++) {
+          const int at = piece * kBlock + i * W;
+          prefetch_with_vector(p, at);
+          VF m = block.m[piece][i], v = block.v[piece][i];
+          store(p + at, Rule_::template updated<true>(load(p + at), load(g + at), m, v, k));
+          to_first.put(i, m);
+          to_second.put(i, v);
+        }
+      }
+      return;
+    }
+  }
+  finish_carefully<Rule_, First, Second>(p, g, first, second, k, block);
 }
 
 }  // namespace

@@ -32,8 +32,12 @@ TILEWISE_INLINE constexpr T midpoint_of_fourth_powers(T j) {
   const T e = j * j + j + 1;
   return e * e - .5f;
 }
-// Shrinks a block's values to below 2^16, so that their fourth roots stay below 16 however roughly they are taken.
-constexpr float kRootRange = 65000;
+// The bits of a float are its logarithm, roughly, so a quarter of them is that of its fourth root: the float with bits
+// kRootBits + (bits(x) - bits(scale)) / 4 is about 16 (x / scale)^(1/4). Its logarithm errs by up to .0215 on the way
+// in, whatever x and scale are, and on the way out by an amount that the result determines. With .0545 taken off (.0491
+// to .0597 would do), the midpoint between codes b - 1 and b always comes out strictly between b and b + 1. So floor of
+// that float is b or b - 1 for code b, and one exact comparison with midpoint floor decides.
+constexpr int kRootBits = int((127 + 4 - .0545) * (1 << 23));
 
 TILEWISE_INLINE VU load_words(const uint8_t* codes, int part) {
   return (VU)load(reinterpret_cast<const int32_t*>(codes) + part * W);
@@ -111,6 +115,17 @@ TILEWISE_INLINE void decode_signed(const uint8_t* codes, float factor, BlockValu
   decode(codes, scaled_table(kSignedEntries.value, factor), x);
 }
 
+// Where the search for an unsigned code starts.
+TILEWISE_INLINE int32_t root_start(float scale) {
+  return kRootBits - int32_t(float_to_bits(scale) >> 2);
+}
+TILEWISE_INLINE VI root_starts(VF scales) {
+  return kRootBits - ((VI)scales >> 2);
+}
+TILEWISE_INLINE VI root_bins(VF x, VI start) {
+  return __builtin_convertvector((VF)(((VI)x >> 2) + start), VI);
+}
+
 // Codes -1..15 (-1 saturates to 0) of all vectors to the block's bytes.
 TILEWISE_INLINE VI pack4(const VI (&c)[kVectors], int first) {
   return saturate_to_u8(saturate_to_u16(c[first], c[first + kParts]),
@@ -170,46 +185,43 @@ TILEWISE_INLINE __m512 products_down(const float* a, float b) {
   return _mm512_mul_round_ps(_mm512_loadu_ps(a), _mm512_set1_ps(b), _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC);
 }
 
-TILEWISE_INLINE void encode_signed(const BlockValues& x, float scale, uint8_t* codes) {
-  const Table thresholds = {products_down(kBins.midpoint, scale)};
-  const __m512i base = _mm512_loadu_si512(kBins.base), one = _mm512_set1_epi32(1);
-  const __m512i mirror = _mm512_set1_epi32(2 * kZeroCode);
-  const VF inverse = set1(1 / scale), offset = set1(kBinOffset);
-  VI c[kVectors];
-#pragma GCC unroll 8
-  for (int i = 0; i < kVectors; i++) {
-    const VF a = abs(x[i]);
-    const VU bin = (VU)(a * inverse + offset) >> 22;
-    const __mmask16 above = _mm512_cmp_ps_mask((__m512)a, (__m512)look_up(thresholds, bin), _CMP_GT_OQ);
-    __m512i code = _mm512_permutexvar_epi32((__m512i)bin, base);
-    code = _mm512_mask_add_epi32(code, above, code, one);
-    c[i] = (VI)_mm512_mask_sub_epi32(code, _mm512_movepi32_mask((__m512i)x[i]), mirror, code);
-  }
-  pack(c, codes);
-}
+struct SignedSearch {
+  Table thresholds;
+  VF inverse;
 
-// The bin b = floor(16 root) of the fourth root holds the one midpoint between codes b - 1 and b, and that is far from
-// the bin's edges: two approximate inverse square roots are good enough.
-TILEWISE_INLINE void encode_unsigned(const BlockValues& x, float scale, uint8_t* codes) {
-  const Table thresholds = {products_down(kUnsignedMidpoints.value, scale)};
-  const VF inverse = set1(kRootRange / scale);
-  VI c[kVectors];
-#pragma GCC unroll 8
-  for (int i = 0; i < kVectors; i++) {
-    const __m512i bin = _mm512_cvttps_epi32(_mm512_rsqrt14_ps(_mm512_rsqrt14_ps((__m512)(x[i] * inverse))));
-    const __mmask16 below = _mm512_cmp_ps_mask((__m512)x[i], (__m512)look_up(thresholds, (VU)bin), _CMP_LE_OQ);
-    c[i] = (VI)_mm512_mask_sub_epi32(bin, below, bin, _mm512_set1_epi32(1));
+  TILEWISE_INLINE explicit SignedSearch(float scale)
+      : thresholds{products_down(kBins.midpoint, scale)}, inverse(set1(1 / scale)) {}
+  TILEWISE_INLINE VI codes(VF x) const {
+    const VF a = abs(x);
+    const VU bin = (VU)(a * inverse + set1(kBinOffset)) >> 22;
+    const __mmask16 above = _mm512_cmp_ps_mask((__m512)a, (__m512)look_up(thresholds, bin), _CMP_GT_OQ);
+    __m512i code = _mm512_permutexvar_epi32((__m512i)bin, _mm512_loadu_si512(kBins.base));
+    code = _mm512_mask_add_epi32(code, above, code, _mm512_set1_epi32(1));
+    const __mmask16 negative = _mm512_movepi32_mask((__m512i)x);
+    return (VI)_mm512_mask_sub_epi32(code, negative, _mm512_set1_epi32(2 * kZeroCode), code);
   }
-  pack(c, codes);
-}
+};
+
+struct UnsignedSearch {
+  Table thresholds;
+  VI start;
+
+  TILEWISE_INLINE explicit UnsignedSearch(float scale)
+      : thresholds{products_down(kUnsignedMidpoints.value, scale)}, start(set1i(root_start(scale))) {}
+  TILEWISE_INLINE VI codes(VF x) const {
+    const __m512i bin = (__m512i)root_bins(x, start);
+    const __mmask16 below = _mm512_cmp_ps_mask((__m512)x, (__m512)look_up(thresholds, (VU)bin), _CMP_LE_OQ);
+    return (VI)_mm512_mask_sub_epi32(bin, below, bin, _mm512_set1_epi32(1));
+  }
+};
 
 // The same where every value has a scale of its own; x - midpoint * scale rounds once, so its sign is exact.
 TILEWISE_INLINE void encode_unsigned(const BlockValues& x, const BlockValues& scales, uint8_t* codes) {
   VI c[kVectors];
 #pragma GCC unroll 8
   for (int i = 0; i < kVectors; i++) {
-    const VF share = x[i] / scales[i] * kRootRange, unit = scales[i] * kFourthPowerUnit;
-    const __m512i bin = _mm512_cvttps_epi32(_mm512_rsqrt14_ps(_mm512_rsqrt14_ps((__m512)share)));
+    const VF unit = scales[i] * kFourthPowerUnit;
+    const __m512i bin = (__m512i)root_bins(x[i], root_starts(scales[i]));
     const VF midpoint = midpoint_of_fourth_powers(__builtin_convertvector((VI)bin, VF));
     const __m512 beyond = _mm512_fnmadd_ps((__m512)midpoint, (__m512)unit, (__m512)x[i]);
     const __mmask16 below = _mm512_cmp_ps_mask(beyond, _mm512_setzero_ps(), _CMP_LE_OQ);
@@ -237,43 +249,43 @@ TILEWISE_INLINE VF products_down(const float* a, float b) {
 }
 
 // Bisection over seven thresholds, then the eighth. A comparison is -1 where true, so `& 4` and `-` turn it into steps.
-TILEWISE_INLINE void encode_signed(const BlockValues& x, float scale, uint8_t* codes) {
-  const VF thresholds = products_down(kMagnitudes.midpoint, scale);
-  const auto at = [&](VI i) { return (VF)_mm256_permutevar8x32_ps((__m256)thresholds, (__m256i)i); };
-  const VF fourth = at(set1i(3)), eighth = at(set1i(7));
-  VI c[kVectors];
-#pragma GCC unroll 16
-  for (int i = 0; i < kVectors; i++) {
-    const VF a = abs(x[i]);
+struct SignedSearch {
+  VF thresholds, fourth, eighth;
+
+  TILEWISE_INLINE explicit SignedSearch(float scale) : thresholds(products_down(kMagnitudes.midpoint, scale)) {
+    fourth = at(set1i(3)), eighth = at(set1i(7));
+  }
+  TILEWISE_INLINE VF at(VI i) const { return (VF)_mm256_permutevar8x32_ps((__m256)thresholds, (__m256i)i); }
+  TILEWISE_INLINE VI codes(VF x) const {
+    const VF a = abs(x);
     VI magnitude = (a > fourth) & 4;
     magnitude |= (a > at(magnitude + 1)) & 2;
     magnitude -= a > at(magnitude);
     magnitude -= a > eighth;
-    const VI sign = (VI)x[i] >> 31;
-    c[i] = (magnitude ^ sign) - sign + kZeroCode;
+    const VI sign = (VI)x >> 31;
+    return (magnitude ^ sign) - sign + kZeroCode;
   }
-  pack(c, codes);
-}
+};
 
-// The bin b = floor(16 root) of the fourth root holds the one midpoint between codes b - 1 and b, far from its edges.
 // The fused x - midpoint * unit rounds once, so its sign is exact.
-TILEWISE_INLINE VI unsigned_code(VF x, VF inverse, VF unit) {
-  const VI bin = __builtin_convertvector((VF)_mm256_rsqrt_ps(_mm256_rsqrt_ps((__m256)(x * inverse))), VI);
+TILEWISE_INLINE VI unsigned_code(VF x, VI start, VF unit) {
+  const VI bin = root_bins(x, start);
   const VF midpoint = midpoint_of_fourth_powers(__builtin_convertvector(bin, VF));
   const VF beyond = (VF)_mm256_fnmadd_ps((__m256)midpoint, (__m256)unit, (__m256)x);
   return bin - 1 - (beyond > set1(0));
 }
-TILEWISE_INLINE void encode_unsigned(const BlockValues& x, float scale, uint8_t* codes) {
-  const VF inverse = set1(kRootRange / scale), unit = set1(scale * kFourthPowerUnit);
-  VI c[kVectors];
-#pragma GCC unroll 16
-  for (int i = 0; i < kVectors; i++) c[i] = unsigned_code(x[i], inverse, unit);
-  pack(c, codes);
-}
+struct UnsignedSearch {
+  VI start;
+  VF unit;
+
+  TILEWISE_INLINE explicit UnsignedSearch(float scale)
+      : start(set1i(root_start(scale))), unit(set1(scale * kFourthPowerUnit)) {}
+  TILEWISE_INLINE VI codes(VF x) const { return unsigned_code(x, start, unit); }
+};
 TILEWISE_INLINE void encode_unsigned(const BlockValues& x, const BlockValues& scales, uint8_t* codes) {
   VI c[kVectors];
 #pragma GCC unroll 16
-  for (int i = 0; i < kVectors; i++) c[i] = unsigned_code(x[i], kRootRange / scales[i], scales[i] * kFourthPowerUnit);
+  for (int i = 0; i < kVectors; i++) c[i] = unsigned_code(x[i], root_starts(scales[i]), scales[i] * kFourthPowerUnit);
   pack(c, codes);
 }
 
@@ -311,31 +323,33 @@ inline void pack(const VI (&c)[kVectors], uint8_t* codes) {
   for (int part = 0; part < kParts; part++) store(reinterpret_cast<int32_t*>(codes) + part * W, words[part]);
 }
 
-inline void encode_signed(const BlockValues& x, float scale, uint8_t* codes) {
+struct SignedSearch {
   float thresholds[8];
-  for (int i = 0; i < 8; i++) thresholds[i] = product_down(kMagnitudes.midpoint[i], scale);
-  VI c[kVectors];
-  for (int i = 0; i < kVectors; i++) {
-    VI magnitude = {};
-    for (float t : thresholds) magnitude -= abs(x[i]) > set1(t);
-    const VI sign = (VI)x[i] >> 31, code = (magnitude ^ sign) - sign + kZeroCode;
-    c[i] = select(code < 0, VI{}, code);
-  }
-  pack(c, codes);
-}
 
-inline void encode_unsigned(const BlockValues& x, float scale, uint8_t* codes) {
-  float thresholds[16];
-  for (int i = 0; i < 16; i++)
-    thresholds[i] = product_down(midpoint_of_fourth_powers(float(i)), scale * kFourthPowerUnit);
-  VI c[kVectors];
-  for (int i = 0; i < kVectors; i++) {
-    VI code = {};
-    for (int t = 1; t < 16; t++) code -= x[i] > set1(thresholds[t]);
-    c[i] = code;
+  explicit SignedSearch(float scale) {
+    for (int i = 0; i < 8; i++) thresholds[i] = product_down(kMagnitudes.midpoint[i], scale);
   }
-  pack(c, codes);
-}
+  VI codes(VF x) const {
+    VI magnitude = {};
+    for (float t : thresholds) magnitude -= abs(x) > set1(t);
+    const VI sign = (VI)x >> 31, code = (magnitude ^ sign) - sign + kZeroCode;
+    return select(code < 0, VI{}, code);
+  }
+};
+
+struct UnsignedSearch {
+  float thresholds[16];
+
+  explicit UnsignedSearch(float scale) {
+    for (int i = 0; i < 16; i++)
+      thresholds[i] = product_down(midpoint_of_fourth_powers(float(i)), scale * kFourthPowerUnit);
+  }
+  VI codes(VF x) const {
+    VI code = {};
+    for (int t = 1; t < 16; t++) code -= x > set1(thresholds[t]);
+    return code;
+  }
+};
 
 inline void encode_unsigned(const BlockValues& x, const BlockValues& scales, uint8_t* codes) {
   VI c[kVectors];
@@ -396,8 +410,53 @@ TILEWISE_INLINE uint32_t max_bits(const BlockValues& x) {
   return result;
 #endif
 }
-TILEWISE_INLINE float unsigned_scale(uint32_t finite_max_bits) {
-  return max_of(bits_to_float(finite_max_bits), kMinUnsignedScale);
+TILEWISE_INLINE VU max(VU a, VU b) {
+#if defined(__AVX512F__)
+  return (VU)_mm512_max_epu32((__m512i)a, (__m512i)b);
+#elif defined(__AVX2__)
+  return (VU)_mm256_max_epu32((__m256i)a, (__m256i)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+struct Tops {
+  uint32_t a, b;
+};
+// Of the lanes of a, and of those of b.
+TILEWISE_INLINE Tops tops_of(VU a, VU b) {
+#if defined(__AVX512F__)
+  const __m512i x = (__m512i)a, y = (__m512i)b;  // a's in the lower half from here on, b's in the upper one
+  __m512i top = _mm512_max_epu32(_mm512_shuffle_i32x4(x, y, 0x44), _mm512_shuffle_i32x4(x, y, 0xee));
+  top = _mm512_max_epu32(top, _mm512_shuffle_i32x4(top, top, 0xb1));
+  top = _mm512_max_epu32(top, _mm512_shuffle_epi32(top, _MM_PERM_BADC));
+  top = _mm512_max_epu32(top, _mm512_shuffle_epi32(top, _MM_PERM_CDAB));
+  return {uint32_t(_mm_cvtsi128_si32(_mm512_castsi512_si128(top))),
+          uint32_t(_mm_cvtsi128_si32(_mm512_extracti32x4_epi32(top, 2)))};
+#else
+  Tops top = {a[0], b[0]};
+  for (int lane = 1; lane < W; lane++) top = {max_of<uint32_t>(top.a, a[lane]), max_of<uint32_t>(top.b, b[lane])};
+  return top;
+#endif
+}
+
+// Codes of one BlockValues, vector by vector in order; the bytes are complete with the last.
+template <class Search>
+struct Encoder4 {
+  Search search;
+  uint8_t* to;
+  VI codes[kVectors];
+
+  TILEWISE_INLINE Encoder4(float scale, uint8_t* to) : search(scale), to(to) {}
+  TILEWISE_INLINE void put(int i, VF x) {
+    codes[i] = search.codes(x);
+    if (i == kVectors - 1) pack(codes, to);
+  }
+};
+template <class Encoder>
+TILEWISE_INLINE void encode(const BlockValues& x, float scale, uint8_t* codes) {
+  Encoder encoder(scale, codes);
+#pragma GCC unroll 16
+  for (int i = 0; i < kVectors; i++) encoder.put(i, x[i]);
 }
 
 // What kernels are templates over. A block of the state is kPieces times BlockValues, which share a scale.
@@ -405,18 +464,14 @@ struct Codec4 {
   static constexpr int kBits = 4, kPieces = 1, kElements = kBlock;
   static constexpr int kPieceBytes = kCodeBytes, kBytes = kPieces * kPieceBytes;
   static constexpr float kMinSigned = kMinSignedScale, kMinUnsigned = kMinUnsignedScale;
+  using SignedEncoder = Encoder4<SignedSearch>;
+  using UnsignedEncoder = Encoder4<UnsignedSearch>;
 
   TILEWISE_INLINE static void decode_signed(const uint8_t* codes, float factor, BlockValues& x) {
     tilewise::decode_signed(codes, factor, x);
   }
   TILEWISE_INLINE static void decode_unsigned(const uint8_t* codes, float factor, BlockValues& x) {
     tilewise::decode_unsigned(codes, factor, x);
-  }
-  TILEWISE_INLINE static void encode_signed(const BlockValues& x, float scale, uint8_t* codes) {
-    tilewise::encode_signed(x, scale, codes);
-  }
-  TILEWISE_INLINE static void encode_unsigned(const BlockValues& x, float scale, uint8_t* codes) {
-    tilewise::encode_unsigned(x, scale, codes);
   }
 };
 

@@ -216,14 +216,13 @@ TILEWISE_INLINE VF look_up(const Table32& t, VI index) {
   return (VF)_mm512_permutex2var_ps(t.low, (__m512i)index, t.high);
 }
 
-// Positions of magnitudes, 0 that of code zero_code.
+// Four vectors of integers to bytes: signed ones from -128 to 127, unsigned ones from 0 to 255.
 template <bool kSigned>
-TILEWISE_INLINE VF rough_positions(VF a, VF inverse) {
-  static constexpr Bins8 bins = kSigned ? kSignedBins8 : kUnsignedBins8;
-  const VF y = a * inverse + float(kLeastBinned / kBinUnit);
-  const VI bin = (VI)(__builtin_convertvector((VI)y, VF) * bins.per_bit + (bins.start + kRoundBias));
-  const VF line = y * look_up(table_of(bins.slope), bin) + look_up(table_of(bins.offset), bin);
-  return min(line, line * .2f + look_up(table_of(bins.bend), bin));
+TILEWISE_INLINE __m512i to_bytes(const VI (&c)[4]) {
+  const __m512i a = (__m512i)c[0], b = (__m512i)c[1], d = (__m512i)c[2], e = (__m512i)c[3];
+  const __m512i mixed = kSigned ? _mm512_packs_epi16(_mm512_packs_epi32(a, b), _mm512_packs_epi32(d, e))
+                                : _mm512_packus_epi16(_mm512_packus_epi32(a, b), _mm512_packus_epi32(d, e));
+  return _mm512_permutexvar_epi32(_mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15), mixed);
 }
 
 template <bool kSigned>
@@ -231,53 +230,73 @@ __attribute__((noinline, cold)) void encode_again(VF a, VF b, VF c, VF d, float 
   encode_exactly<kSigned>({a, b, c, d}, block_scale, codes);
 }
 
+// The four vectors take every stage together: one chain after the other would fill the scheduler with what waits.
 template <bool kSigned>
 TILEWISE_INLINE void encode_four(const VF (&x)[4], float block_scale, VF inverse, uint8_t* codes) {
-  VI c[4];
-  VF furthest = set1(0);  // from the nearest integer
+  static constexpr Bins8 bins = kSigned ? kSignedBins8 : kUnsignedBins8;
+  VF y[4], position[4], distance[4];  // position: of the magnitude, 0 that of code zero_code
+  VI bin[4], c[4];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; i++) y[i] = (kSigned ? abs(x[i]) : x[i]) * inverse + float(kLeastBinned / kBinUnit);
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; i++)
+    bin[i] = (VI)(__builtin_convertvector((VI)y[i], VF) * bins.per_bit + (bins.start + kRoundBias));
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; i++)
+    position[i] = y[i] * look_up(table_of(bins.slope), bin[i]) + look_up(table_of(bins.offset), bin[i]);
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; i++) position[i] = min(position[i], position[i] * .2f + look_up(table_of(bins.bend), bin[i]));
+  // Signed ones are negated, so that the largest, 128, still fits a byte: the code is 127 minus that.
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; i++)
+    if (kSigned) position[i] = (VF)((VI)position[i] | (~(VI)x[i] & INT32_MIN));
 #pragma GCC unroll 4
   for (int i = 0; i < 4; i++) {
-    VF position = rough_positions<kSigned>(kSigned ? abs(x[i]) : x[i], inverse);
-    if (kSigned) position = (VF)((VI)position | ((VI)x[i] & INT32_MIN));
-    furthest = absmax(furthest, (VF)_mm512_reduce_ps((__m512)position, _MM_FROUND_TO_NEAREST_INT));
-    c[i] = (VI)_mm512_cvtps_epi32((__m512)position) + Book<kSigned>::book.zero_code;
+    distance[i] = (VF)_mm512_reduce_ps((__m512)position[i], _MM_FROUND_TO_NEAREST_INT);
+    c[i] = (VI)_mm512_cvtps_epi32((__m512)position[i]);
   }
-  store_codes(c, codes);
+  __m512i bytes = to_bytes<kSigned>(c);
+  if (kSigned) bytes = _mm512_xor_si512(bytes, _mm512_set1_epi8(127));
+  _mm512_storeu_si512(codes, bytes);
+  const VF furthest = absmax(absmax(distance[0], distance[1]), absmax(distance[2], distance[3]));
   if (__builtin_expect(_mm512_cmp_ps_mask((__m512)furthest, _mm512_set1_ps(.5f - kDoubt), _CMP_NLE_UQ), 0))
     encode_again<kSigned>(x[0], x[1], x[2], x[3], block_scale, codes);
 }
 #endif
 
+// As Encoder4.
 template <bool kSigned>
-TILEWISE_INLINE void encode8(const BlockValues& x, float block_scale, uint8_t* codes) {
-#pragma GCC unroll 4
-  for (int i = 0; i < kVectors; i += 4) {
-    const VF four[4] = {x[i], x[i + 1], x[i + 2], x[i + 3]};
+struct Encoder8 {
+  float scale;
+  uint8_t* to;
+  VF four[4];
+
+  TILEWISE_INLINE Encoder8(float scale, uint8_t* to) : scale(scale), to(to) {}
+  TILEWISE_INLINE void put(int i, VF x) {
+    four[i % 4] = x;
+    if (i % 4 < 3) return;
+    uint8_t* codes = to + (i - 3) * W;
 #if defined(__AVX512F__)
-    encode_four<kSigned>(four, block_scale, set1(1 / (block_scale * float(kBinUnit))), codes + i * W);
+    encode_four<kSigned>(four, scale, set1(1 / (scale * float(kBinUnit))), codes);
 #else
-    encode_exactly<kSigned>(four, block_scale, codes + i * W);
+    encode_exactly<kSigned>(four, scale, codes);
 #endif
   }
-}
+};
 
 // As Codec4.
 struct Codec8 {
   static constexpr int kBits = 8, kPieces = 2, kElements = kPieces * kBlock;
   static constexpr int kPieceBytes = kBlock, kBytes = kPieces * kPieceBytes;
   static constexpr float kMinSigned = kMinScale8, kMinUnsigned = kMinScale8;
+  using SignedEncoder = Encoder8<true>;
+  using UnsignedEncoder = Encoder8<false>;
 
   TILEWISE_INLINE static void decode_signed(const uint8_t* codes, float factor, BlockValues& x) {
     decode8<true>(codes, factor, x);
   }
   TILEWISE_INLINE static void decode_unsigned(const uint8_t* codes, float factor, BlockValues& x) {
     decode8<false>(codes, factor, x);
-  }
-  TILEWISE_INLINE static void encode_signed(const BlockValues& x, float scale, uint8_t* codes) {
-    encode8<true>(x, scale, codes);
-  }
-  TILEWISE_INLINE static void encode_unsigned(const BlockValues& x, float scale, uint8_t* codes) {
-    encode8<false>(x, scale, codes);
   }
 };
 

@@ -37,7 +37,8 @@ void quantize_block(const CodecParams& p, const float* values, int64_t b) {
   p.scales[b * p.scale_stride] = scale;
   for (int i = 0; i < Codec::kPieces; i++) {
     uint8_t* codes = p.codes + b * Codec::kBytes + i * Codec::kPieceBytes;
-    p.is_signed ? Codec::encode_signed(x[i], scale, codes) : Codec::encode_unsigned(x[i], scale, codes);
+    p.is_signed ? encode<typename Codec::SignedEncoder>(x[i], scale, codes)
+                : encode<typename Codec::UnsignedEncoder>(x[i], scale, codes);
   }
 }
 

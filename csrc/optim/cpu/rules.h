@@ -9,8 +9,9 @@ namespace {
 
 struct StepConstants {
   float beta1, beta2, grad_weight, square_weight, decay, eps, step_size, inv_correction2;
+  float correction2_per_step, eps_per_step;  // inv_correction2 and eps, over step_size
   bool nesterov;
-  bool careful;  // eps is such that quotient() might leave the range of floats
+  bool careful;  // eps, or these two, are such that quotient() might leave the range of floats
 };
 
 // a / b. On AVX-512 by an approximate reciprocal and one Newton step, within 2 ulp: a division would keep the divider
@@ -35,8 +36,9 @@ struct Adam {
   TILEWISE_INLINE static void average(VF g, VF& m, const StepConstants& k) { m = g * set1(k.grad_weight) + m; }
   template <bool kFast>
   TILEWISE_INLINE static VF updated(VF p, VF, VF& m, VF v, const StepConstants& k) {
-    const VF denominator = sqrt(v) * set1(k.inv_correction2) + set1(k.eps);
-    return p * set1(k.decay) - quotient<kFast>(m * set1(k.step_size), denominator);
+    if (kFast)
+      return p * set1(k.decay) - quotient<true>(m, sqrt(v) * set1(k.correction2_per_step) + set1(k.eps_per_step));
+    return p * set1(k.decay) - m * set1(k.step_size) / (sqrt(v) * set1(k.inv_correction2) + set1(k.eps));
   }
 };
 

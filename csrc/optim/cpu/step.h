@@ -10,14 +10,12 @@
 namespace tilewise {
 namespace {
 
-// The hardware's own prefetch follows too few of a step's streams, and a block's arithmetic is too long for loads of
-// the next block to start early. Codes are a quarter to a sixteenth as dense as elements.
-constexpr uintptr_t kPrefetchBytes = 2304, kPrefetchCodeBytes = 1024;
+// Codes are a quarter to a sixteenth as dense as elements.
+constexpr uintptr_t kPrefetchCodeBytes = 1024;
 
 TILEWISE_INLINE void prefetch(const void* now, uintptr_t distance, uintptr_t bytes) {
-  const uintptr_t ahead = reinterpret_cast<uintptr_t>(now) + distance;  // an integer: it may lie beyond the array
 #pragma GCC unroll 16
-  for (uintptr_t line = 0; line < bytes; line += 64) __builtin_prefetch(reinterpret_cast<const void*>(ahead + line));
+  for (uintptr_t line = 0; line < bytes; line += kLine) prefetch(now, distance + line);
 }
 inline void prefetch_elements(Float type, const void* first, int64_t element, int count) {
   const int size = type == Float::f32 ? 4 : 2;
@@ -66,8 +64,10 @@ void step_staged(const StepParams& params, const StepTensor& t, int64_t begin, i
     load_param(t, e, count, p);
     load_grad(params, t, e, count, p, g);
     if constexpr (Second::kGiven) read_given(params, t, e, count, g, v);
-    step_block<Rule_, First, Second, true>(p, g, open_moment<First>(t.first, e, count, m),
-                                           open_moment<Second>(t.second, e, count, v), k);
+    const Held first = open_moment<First>(t.first, e, count, m), second = open_moment<Second>(t.second, e, count, v);
+    Averaged<First, Second> block;
+    average_block<Rule_, First, Second>(g, first, second, k, block);
+    finish_block<Rule_, First, Second>(p, g, first, second, k, block);
     store_param(p, params, t, e, count);
     close_moment<First>(t.first, e, count, m);
     close_moment<Second>(t.second, e, count, v);
@@ -80,14 +80,18 @@ void step_direct(const StepParams& params, const StepTensor& t, int64_t begin, i
   constexpr int kElements = kBlock * kPiecesOf<First, Second>;
   T* p = static_cast<T*>(t.param);
   const T* g = static_cast<const T*>(t.grad);
-  int64_t e = begin;
-  for (; e + kElements <= end; e += kElements) {
+  const auto average = [&](int64_t e, Averaged<First, Second>& block) {
     const Held first = First::at(t.first, e), second = Second::at(t.second, e);
-    prefetch(p + e, kPrefetchBytes, kElements * sizeof(T));
-    prefetch(g + e, kPrefetchBytes, kElements * sizeof(T));
     prefetch_moment<First>(first);
     prefetch_moment<Second>(second);
-    step_block<Rule_, First, Second, true>(p + e, g + e, first, second, k);
+    average_block<Rule_, First, Second>(g + e, first, second, k, block);
+  };
+  Averaged<First, Second> blocks[2];
+  int64_t e = begin;
+  if (e + kElements <= end) average(e, blocks[0]);
+  for (int now = 0; e + kElements <= end; e += kElements, now ^= 1) {
+    if (e + 2 * kElements <= end) average(e + kElements, blocks[now ^ 1]);
+    finish_block<Rule_, First, Second>(p + e, g + e, First::at(t.first, e), Second::at(t.second, e), k, blocks[now]);
   }
   if (e < end) step_staged<Rule_, First, Second>(params, t, e, end, k);
 }
@@ -155,9 +159,12 @@ inline RangeStep range_step(const StepParams& p, const StepTensor& t, const Inst
 
 // ---- all tensors ----
 inline StepConstants constants_of(const StepParams& p, const StepTensor& t) {
-  const bool careful = !(p.eps > 0x1p-100f && p.eps < 0x1p60f);
-  return {p.beta1, p.beta2,       t.k.grad_weight,     p.square_weight, t.k.decay,
-          p.eps,   t.k.step_size, t.k.inv_correction2, p.nesterov,      careful};
+  const auto in_range = [](float x) { return x > 0x1p-100f && x < 0x1p60f; };
+  const float correction2_per_step = t.k.inv_correction2 / t.k.step_size, eps_per_step = p.eps / t.k.step_size;
+  const bool careful = !in_range(p.eps) || !in_range(correction2_per_step) || !in_range(eps_per_step);
+  return {p.beta1,    p.beta2,       t.k.grad_weight,     p.square_weight,      t.k.decay,
+          p.eps,      t.k.step_size, t.k.inv_correction2, correction2_per_step, eps_per_step,
+          p.nesterov, careful};
 }
 
 // The last tensor that starts at or before `chunk`.
