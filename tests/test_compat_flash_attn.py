@@ -128,6 +128,49 @@ def test_varlen_func(device, name, dtype):
     assert run(*inputs)[1].shape == (4, sum(LENGTHS[0]))
 
 
+@pytest.mark.parametrize("name", [*OPTIONS, "alibi-batched"])
+def test_varlen_func_of_keys_in_use(device, name):
+    """seqused_k: the bits, and the gradients, of a call without the keys that are not in use."""
+    ours, _ = options_of(name, device, batch=4)
+    (q, k, v), (cu_q, cu_k, *longest) = packed(device, torch.float32)
+    used = [25, 5, 0, 18]
+    kept = torch.cat([torch.arange(a, a + n) for a, n in zip(cu_k.tolist(), used, strict=False)]).to(device.torch)
+    dout = torch.randn_like(q)
+
+    def outcome(k, v, ends, **more):
+        leaves = [t.clone().requires_grad_() for t in (q, k, v)]
+        sequences = cu_q, ends, *longest
+        out, lse, _ = flash_attn.flash_attn_varlen_func(*leaves, *sequences, return_attn_probs=True, **ours, **more)
+        return out, lse, *torch.autograd.grad(out, leaves, dout)
+
+    out, lse, dq, *of_keys = outcome(k, v, cu_k, seqused_k=torch.tensor(used, dtype=torch.int32, device=device.torch))
+    expected = outcome(k[kept], v[kept], packing.offsets(used, device.torch))
+    for got, right in zip((out, lse, dq, *(t[kept] for t in of_keys)), expected, strict=True):
+        torch.testing.assert_close(got, right, rtol=1e-5, atol=1e-6)
+    for gradient in of_keys:
+        assert not gradient.index_fill(0, kept, 0).any() and gradient.any()
+
+
+@pytest.mark.parametrize("page_size", [4, 16])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_varlen_func_in_pages(device, page_size, name):
+    """block_table: what packed keys give, with lengths by cu_seqlens_k or seqused_k; nothing to differentiate."""
+    (q, k, v), (cu_q, cu_k, *longest) = packed(device, torch.float32)
+    per_row = -(-max(LENGTHS[1]) // page_size)
+    table = torch.randperm(4 * per_row).view(4, -1).to(device.torch, torch.int32)
+    rows = [packing.pad(t, LENGTHS[1], length=per_row * page_size, value=math.nan) for t in (k, v)]
+    pools = [pages_of(t, table, page_size) for t in rows]
+    options = OPTIONS[name][0] | {"return_attn_probs": True}
+    expected = flash_attn.flash_attn_varlen_func(q, k, v, cu_q, cu_k, *longest, **options)
+    options["block_table"] = table
+    out, lse, _ = flash_attn.flash_attn_varlen_func(q.requires_grad_(), *pools, cu_q, cu_k, *longest, **options)
+    torch.testing.assert_close(out, expected[0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(lse, expected[1], rtol=1e-5, atol=1e-5)
+    assert not out.requires_grad and out.any()
+    options["seqused_k"] = cu_k.diff()
+    assert torch.equal(flash_attn.flash_attn_varlen_func(q, *pools, cu_q, None, *longest, **options)[0], out)
+
+
 def test_packed_varlen_func(device):
     (q, k, v), (cu, _, longest, _) = packed(device, torch.float32, (4, 4), (LENGTHS[0], LENGTHS[0]))
     dout = torch.randn_like(q)
@@ -344,7 +387,7 @@ SIGNATURES = {
     "flash_attn_func": f"q k v {OF_ALL}",
     "flash_attn_qkvpacked_func": f"qkv {OF_ALL}",
     "flash_attn_kvpacked_func": f"q kv {OF_ALL}",
-    "flash_attn_varlen_func": f"q k v {SEQUENCES} {OF_ALL} block_table=None",
+    "flash_attn_varlen_func": f"q k v {SEQUENCES} {OF_ALL} block_table=None seqused_k=None",
     "flash_attn_varlen_qkvpacked_func": f"qkv cu_seqlens max_seqlen {OF_ALL}",
     "flash_attn_varlen_kvpacked_func": f"q kv {SEQUENCES} {OF_ALL}",
     "flash_attn_with_kvcache": "q k_cache v_cache k=None v=None rotary_cos=None rotary_sin=None cache_seqlens=None "
@@ -374,6 +417,12 @@ def with_cache(**changes):
     return lambda: flash_attn.flash_attn_with_kvcache(**given)
 
 
+def with_pages(**changes):
+    given = {"q": Q[0], "k": K, "v": K, "cu_seqlens_q": CU, "cu_seqlens_k": CU, "max_seqlen_q": 3, "max_seqlen_k": 9}
+    given |= {"block_table": CU[:1, None]} | changes
+    return lambda: flash_attn.flash_attn_varlen_func(**given)
+
+
 BAD = {
     "list": (TypeError, "flash_attn_func: q is a list", lambda: flash_attn.flash_attn_func([1], K, K)),
     "dims": (ValueError, "flash_attn_func: k has 3 dim", lambda: flash_attn.flash_attn_func(Q, K[0], K)),
@@ -387,10 +436,34 @@ BAD = {
     ),
     "kv": (ValueError, "kv has 4 dim", lambda: flash_attn.flash_attn_kvpacked_func(Q, K)),
     "varlen-dims": (ValueError, "q has 4 dim", lambda: flash_attn.flash_attn_varlen_func(Q, K, K, CU, CU, 3, 3)),
-    "varlen-pages": (
+    "varlen-packed-beside-table": (ValueError, "k has 3 dim", with_pages(k=K[0], v=K[0])),
+    "varlen-alibi-beside-table": (
         NotImplementedError,
-        "flash_attn_varlen_func: block_table",
-        lambda: flash_attn.flash_attn_varlen_func(Q[0], K[0], K[0], CU, CU, 3, 3, block_table=CU),
+        "alibi_slopes is given, expected None beside a block_table",
+        with_pages(alibi_slopes=torch.ones(4)),
+    ),
+    "varlen-dropout-beside-table": (NotImplementedError, "dropout_p is given", with_pages(dropout_p=0.5)),
+    "varlen-no-lengths": (ValueError, "cu_seqlens_k and seqused_k are None", with_pages(cu_seqlens_k=None)),
+    "varlen-table-too-short": (ValueError, "seq_lens of sequence 0 is 10", with_pages(cu_seqlens_k=CU // 3 * 10)),
+    "varlen-no-keys": (
+        ValueError,
+        "cu_seqlens_k is None",
+        lambda: flash_attn.flash_attn_varlen_func(Q[0], N[0], N[0], CU, None, 3, 3),
+    ),
+    "varlen-used": (
+        ValueError,
+        "seqused_k has shape .2,.",
+        lambda: flash_attn.flash_attn_varlen_func(Q[0], N[0], N[0], CU, CU, 3, 3, seqused_k=CU),
+    ),
+    "varlen-used-beyond": (
+        ValueError,
+        "cu_seqlens_k",
+        lambda: flash_attn.flash_attn_varlen_func(Q[0], N[0], N[0], CU, CU, 3, 3, seqused_k=CU[1:] + 1),
+    ),
+    "varlen-used-negative": (
+        ValueError,
+        "seqused_k has .-1.",
+        lambda: flash_attn.flash_attn_varlen_func(Q[0], N[0], N[0], CU, CU, 3, 3, seqused_k=CU[:1] - 1),
     ),
     "alone": (ValueError, "v is None, expected a tensor beside k", with_cache(v=None)),
     "cos-alone": (ValueError, "rotary_sin is None", with_cache(rotary_cos=TABLE)),

@@ -14,6 +14,7 @@ from tilewise.attention import (
     lm_infinite_attention,
     merge_attention,
     paged_attention,
+    paged_attention_varlen,
     shared_prefix_attention,
     tensor_attention,
 )
@@ -44,6 +45,7 @@ __all__ = [
     "optim",
     "packing",
     "paged_attention",
+    "paged_attention_varlen",
     "reference",
     "rope",
     "shared_prefix_attention",

@@ -19,6 +19,8 @@ each sequence, which is the chunk's offset::
 
     cu_q, cu_k = offsets([C, 1, 1]), offsets([past[0] + C, past[1] + 1, past[2] + 1])
     out = attention_varlen(q, k, v, cu_q, cu_k, max_seqlen_q=C, max_seqlen_k=longest, causal=True)
+
+Where keys and values stand in pages, :func:`tilewise.paged_attention_varlen` takes such a batch.
 """
 
 from dataclasses import dataclass

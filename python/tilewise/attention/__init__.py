@@ -12,6 +12,7 @@ from tilewise.attention.lm_infinite import lm_infinite_attention
 from tilewise.attention.masks import BlockMask
 from tilewise.attention.merge import merge_attention, shared_prefix_attention
 from tilewise.attention.paged import paged_attention
+from tilewise.attention.paged_varlen import paged_attention_varlen
 from tilewise.attention.scores import attention_block_max, attention_column_sums
 from tilewise.attention.tensor import tensor_attention
 from tilewise.attention.varlen import attention_varlen
@@ -28,6 +29,7 @@ __all__ = [
     "lm_infinite_attention",
     "merge_attention",
     "paged_attention",
+    "paged_attention_varlen",
     "shared_prefix_attention",
     "tensor_attention",
 ]

@@ -5,6 +5,7 @@ import torch
 from tilewise import _C, rope
 from tilewise._library import check_tensors, core, register
 from tilewise.attention.paged import FORMATS, attend_pages
+from tilewise.attention.paged_varlen import attend_packed
 
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -118,6 +119,18 @@ class KVCache:
         """:func:`paged_attention` of q (B, Hq, S, D) to this cache; with codes, q may have any float type."""
         pages = (self.k_pages, self.v_pages, block_table, seq_lens)
         return attend_pages(q, *pages, format=self._code, channels=(self.k_channels, self.v_channels), **options)
+
+    def attend_varlen(
+        self,
+        q: torch.Tensor,
+        block_table: torch.Tensor,
+        cu_seqlens_q: torch.Tensor,
+        seq_lens: torch.Tensor,
+        **options,
+    ):
+        """:func:`paged_attention_varlen` of q (T, Hq, D) to this cache; with codes, q may have any float type."""
+        pages = (self.k_pages, self.v_pages, block_table, cu_seqlens_q, seq_lens)
+        return attend_packed(q, *pages, format=self._code, channels=(self.k_channels, self.v_channels), **options)
 
     def update_rope(
         self,

@@ -14,7 +14,7 @@ def _empty_outputs(q, *_):
 FORMATS = ("native", "int8", "int4", "int2", "bfp12")
 
 
-def _paged_attention(q, k_pages, v_pages, block_table, seq_lens, *options):
+def run_paged(q, k_pages, v_pages, block_table, seq_lens, *options):
     out, lse = _empty_outputs(q)
     floats = _C.paged_attention_workspace(q, k_pages, v_pages, block_table, options[5])
     workspace = q.new_empty(floats, dtype=torch.float32) if floats else None
@@ -26,7 +26,7 @@ _paged_attention_op = register(
     "paged_attention(Tensor q, Tensor k_pages, Tensor v_pages, Tensor block_table, Tensor seq_lens, bool causal, "
     "float? scale, SymInt? window_left, SymInt? window_right, float softcap, SymInt? num_splits, int format, "
     "Tensor? k_channels, Tensor? v_channels) -> (Tensor, Tensor)",
-    _paged_attention,
+    run_paged,
     fake=_empty_outputs,
 )
 

@@ -21,7 +21,7 @@ import torch
 
 from tilewise import rope
 from tilewise._library import check_tensors, rows_contiguous
-from tilewise.attention import attention, attention_varlen, paged_attention
+from tilewise.attention import attention, attention_varlen, paged_attention, paged_attention_varlen
 from tilewise.speculative import append_kv
 
 __all__ = [
@@ -118,33 +118,56 @@ def flash_attn_varlen_func(
     deterministic=False,
     return_attn_probs=False,
     block_table=None,
+    seqused_k=None,
 ):
     """Attention within each of B packed sequences: q (Tq, Hq, D), k (Tk, Hkv, D), v (Tk, Hkv, Dv), out (Tq, Hq, Dv).
 
     Sequence b has queries ``cu_seqlens_q[b]`` to ``cu_seqlens_q[b + 1]``, int32 (B + 1,), and keys likewise.
 
+    Args:
+        block_table: int32 (B, pages per sequence). k and v are then pages (P, page size, Hkv, D), any page size, of
+            which cu_seqlens_k gives the lengths (its differences), and nothing is differentiable:
+            :func:`tilewise.paged_attention_varlen`.
+        seqused_k: int32 (B,), how many of its keys a sequence has in use; beside a block_table cu_seqlens_k may then be
+            None.
+
     Raises:
-        NotImplementedError: a block_table; :func:`flash_attn_with_kvcache` reads pages.
+        ValueError: neither cu_seqlens_k nor seqused_k; on CPU, lengths beyond the sequence or the block table.
+        NotImplementedError: alibi_slopes or dropout_p beside a block_table.
     """
-    _expect_dims("flash_attn_varlen_func", 3, q=q, k=k, v=v)
+    operation = "flash_attn_varlen_func"
+    check_tensors(operation, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, seqused_k=seqused_k)
+    _expect_dims(operation, 3, q=q)
+    _expect_dims(operation, 3 if block_table is None else 4, k=k, v=v)
+    shared = {"causal": causal, "scale": softmax_scale, "window": _window(window_size, causal), "softcap": softcap}
     if block_table is not None:
-        raise NotImplementedError(
-            "flash_attn_varlen_func: block_table is given, expected None (flash_attn_with_kvcache reads pages)"
-        )
+        _expect_without(operation, "a block_table", alibi_slopes=alibi_slopes, dropout_p=dropout_p or None)
+        if cu_seqlens_k is None and seqused_k is None:
+            raise ValueError(f"{operation}: cu_seqlens_k and seqused_k are None, expected one of them")
+        lengths = cu_seqlens_k.diff() if seqused_k is None else seqused_k
+        pages = k, v, block_table, cu_seqlens_q, lengths.contiguous()
+        with torch.no_grad():
+            out, lse = paged_attention_varlen(
+                rows_contiguous(q), *pages, max_seqlen_q=max_seqlen_q, return_lse=True, **shared
+            )
+        return _result(out, lse, return_attn_probs)
+    if cu_seqlens_k is None:
+        raise ValueError(f"{operation}: cu_seqlens_k is None, expected where the sequences' keys begin")
+    if seqused_k is not None:
+        cu_seqlens_q, cu_seqlens_k = _in_use(operation, cu_seqlens_q, cu_seqlens_k, seqused_k)
+        if alibi_slopes is not None and alibi_slopes.ndim == 2:
+            alibi_slopes = alibi_slopes.repeat_interleave(2, 0)
     out, lse = attention_varlen(
         *map(rows_contiguous, (q, k, v)),
         cu_seqlens_q,
         cu_seqlens_k,
         max_seqlen_q=max_seqlen_q,
         max_seqlen_k=max_seqlen_k,
-        causal=causal,
-        scale=softmax_scale,
-        window=_window(window_size, causal),
-        softcap=softcap,
         alibi_slopes=alibi_slopes,
         dropout_p=dropout_p,
         deterministic=deterministic,
         return_lse=True,
+        **shared,
     )
     return _result(out, lse, return_attn_probs)
 
@@ -273,6 +296,18 @@ def flash_attn_with_kvcache(
     return (out, lse) if return_softmax_lse else out
 
 
+def _in_use(operation, cu_seqlens_q, cu_seqlens_k, used):
+    """Offsets of twice as many sequences: the keys that are in use, with all queries, and the others, with none."""
+    if used.shape != cu_seqlens_k[1:].shape or used.dtype != torch.int32:
+        got = f"shape {tuple(used.shape)} and dtype {used.dtype}"
+        raise ValueError(f"{operation}: seqused_k has {got}, expected {tuple(cu_seqlens_k[1:].shape)} and torch.int32")
+    if not used.is_cuda and used.numel() and (used < 0).any():
+        raise ValueError(f"{operation}: seqused_k has {used.tolist()}, expected at least 0")
+    starts_q = torch.cat([cu_seqlens_q[:1], cu_seqlens_q[1:].repeat_interleave(2)])
+    starts_k = torch.stack([cu_seqlens_k[:-1], cu_seqlens_k[:-1] + used], 1).flatten()
+    return starts_q, torch.cat([starts_k, cu_seqlens_k[-1:]])
+
+
 def _rows_of(cache, table, cache_batch_idx):
     return cache[: table.shape[0]] if cache_batch_idx is None else cache[table[:, 0].long()]
 
@@ -382,9 +417,13 @@ def _expect_pages(operation, block_table, cache_batch_idx, cache_leftpad, alibi_
         raise ValueError(f"{operation}: block_table has {block_table.ndim} dimensions, expected 2")
     if cache_batch_idx is not None:
         raise ValueError(f"{operation}: cache_batch_idx is given, expected None beside a block_table")
-    for name, value in (("cache_leftpad", cache_leftpad), ("alibi_slopes", alibi_slopes)):
+    _expect_without(operation, "a block_table", cache_leftpad=cache_leftpad, alibi_slopes=alibi_slopes)
+
+
+def _expect_without(operation, other, **given):
+    for name, value in given.items():
         if value is not None:
-            raise NotImplementedError(f"{operation}: {name} is given, expected None beside a block_table")
+            raise NotImplementedError(f"{operation}: {name} is given, expected None beside {other}")
 
 
 def _per_sequence(operation, name, value, q):
