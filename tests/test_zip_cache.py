@@ -1,5 +1,7 @@
 """Mixed-precision caches: which tokens are kept how, and attention to them."""
 
+from unittest import mock
+
 import pytest
 import torch
 
@@ -17,29 +19,72 @@ def prompt(device, tokens, dtype=torch.float32):
     return q, k, v
 
 
-def held(cache):
-    """The keys and values that the cache stands for, dequantised in float64, salient ones first."""
+def held(cache, b):
+    """The keys and values that the cache stands for of sequence b, dequantised in float64, salient ones first."""
     keys, values = [], []
-    for count, part in cache._parts():
+    for counts, part in cache._parts():
         for to, pages, channels in ((keys, part.k_pages, part.k_channels), (values, part.v_pages, part.v_channels)):
-            rows = pages[cache._table(part).long()].flatten(1, 2)[:, :count].transpose(1, 2)
+            rows = pages[cache._table(part)[b].long()].flatten(0, 1)[: counts[b]].transpose(0, 1)
             to.append(kv_cache.dequantize(rows.cpu(), part.format, D, channels.cpu()[:, None]))
-    return torch.cat(keys, 2), torch.cat(values, 2)
+    return torch.cat(keys, 1), torch.cat(values, 1)
 
 
-def test_decode_attends_to_what_is_held(device):
+@pytest.mark.parametrize("lengths", [[40, 40], [40, 13], [5, 40], [40, 0]], ids=str)
+def test_decode_attends_to_what_is_held(device, lengths):
+    """Prompts of any lengths: what stands behind them is not looked at, and new tokens follow each prompt."""
     tokens, new = 40, 9
     q, k, v = prompt(device, tokens + new)
+    prompts = [t[:, :, :tokens].clone() for t in (q, k, v)]
+    for t in prompts:
+        for b, n in enumerate(lengths):
+            t[b, :, n:] = torch.nan
     cache = tw.ZipCache(B, 64, HKV, D, salient=0.3, interval=100, page_size=16)
-    out = cache.prefill(q[:, :, :tokens], k[:, :, :tokens], v[:, :, :tokens])
-    torch.testing.assert_close(out, tw.attention(q[:, :, :tokens], k[:, :, :tokens], v[:, :, :tokens], causal=True))
-    assert cache.counts == [12, 28] and len(cache) == tokens
-    keys, values = held(cache)
+    out = cache.prefill(*prompts, lengths=lengths)
+    salient = [round(0.3 * n) for n in lengths]
+    assert cache.counts == [salient, [n - m for n, m in zip(lengths, salient, strict=True)]]
+    assert cache.lengths == lengths and len(cache) == tokens
+    before = [held(cache, b) for b in range(B)]
     steps = [cache.decode(*(t[:, :, i : i + 1] for t in (q, k, v))) for i in range(tokens, tokens + new)]
-    together = [torch.cat([old, t[:, :, tokens:].cpu().double()], 2) for old, t in ((keys, k), (values, v))]
-    expected, _ = reference.attention(q[:, :, tokens:].cpu().double(), *together, causal=True)
-    torch.testing.assert_close(torch.cat(steps, 2).cpu().double(), expected, rtol=1e-4, atol=1e-4)
-    assert len(cache) == tokens + new
+    for b, n in enumerate(lengths):
+        own = [t[b : b + 1, :, :n] for t in (q, k, v)]
+        torch.testing.assert_close(out[b : b + 1, :, :n], tw.attention(*own, causal=True), rtol=1e-5, atol=1e-5)
+        assert not out[b, :, n:].any()
+        new_rows = [t[b, :, tokens:].cpu().double() for t in (q, k, v)]
+        seen = [torch.cat([old, t], 1)[None] for old, t in zip(before[b], new_rows[1:], strict=True)]
+        expected, _ = reference.attention(new_rows[0][None], *seen, causal=True)
+        got = torch.cat(steps, 2)[b : b + 1].cpu().double()
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+    assert cache.lengths == [n + new for n in lengths]
+
+
+def test_lengths_are_those_of_sequences_alone(device):
+    """A batch of two prompts, through intervals of compression: the outputs and sizes of two batches of one."""
+    q, k, v = prompt(device, 64)
+    lengths, options = (
+        [32, 19],
+        {"salient": 0.4, "probes": 0.0, "interval": 4, "page_size": 8, "formats": ("int8", "int4")},
+    )
+
+    def run(members):
+        cache = tw.ZipCache(len(members), 96, HKV, D, **options)
+        cache._probe_rows = lambda rows, device: torch.arange(rows, device=device)
+        channels = {"k_channels": torch.ones(HKV, D), "v_channels": torch.ones(HKV, D)}  # a batch has them in common
+        with mock.patch.object(tw.KVCache, "channels", lambda x: channels["k_channels"].to(device.torch)):
+            longest = max(lengths[b] for b in members)
+            outs = [cache.prefill(*(t[members, :, :longest] for t in (q, k, v)), lengths=[lengths[b] for b in members])]
+            outs += [cache.decode(*(t[members, :, i : i + 1] for t in (q, k, v))) for i in range(32, 45)]
+        return outs, cache
+
+    together, cache = run([0, 1])
+    sizes = 0
+    for b, n in enumerate(lengths):
+        alone, own = run([b])
+        torch.testing.assert_close(together[0][b, :, :n], alone[0][0, :, :n], rtol=1e-5, atol=1e-5)
+        for got, expected in zip(together[1:], alone[1:], strict=True):
+            torch.testing.assert_close(got[b], expected[0], rtol=1e-4, atol=1e-4)
+        assert [of[b] for of in cache.counts] == [of[0] for of in own.counts]
+        sizes += own.nbytes
+    assert cache.nbytes == sizes
 
 
 def test_salient_tokens_by_definition(device):
@@ -67,7 +112,7 @@ def test_more_bits_less_error(device):
         cache = tw.ZipCache(B, 128, HKV, D, salient=salient, formats=("int8", "int2"), interval=8, page_size=8)
         cache.prefill(q[:, :, :64], k[:, :, :64], v[:, :, :64])
         out = torch.cat([cache.decode(*(t[:, :, i : i + 1] for t in (q, k, v))) for i in range(64, 96)], 2)
-        assert len(cache) == 96 and sum(cache.counts) == 96
+        assert len(cache) == 96 and [sum(of) for of in zip(*cache.counts, strict=True)] == [96] * B
         errors.append(float((out - exact).norm() / exact.norm()))
         sizes.append(cache.nbytes)
     assert errors[0] > errors[1] > errors[2] and errors[2] < 0.03 and errors[0] < 1
@@ -84,6 +129,9 @@ def test_errors():
         (lambda: tw.ZipCache(B, 8, HKV, D).prefill(q, k, v), "0 [+] 10 tokens, expected at most 8"),
         (lambda: tw.ZipCache(B, 16, 1, D).prefill(q, k, v), "k has shape"),
         (lambda: tw.ZipCache(B, 16, HKV, D, formats=("int5", "int2")).prefill(q, k, v), "format is 'int5'"),
+        (lambda: tw.ZipCache(B, 16, HKV, D).prefill(q, k, v, lengths=[3]), "lengths is .3., expected 2 of at most 10"),
+        (lambda: tw.ZipCache(B, 16, HKV, D).prefill(q, k, v, lengths=[3, 11]), "expected 2 of at most 10"),
+        (lambda: tw.ZipCache(B, 16, HKV, D).prefill(q, k, v, lengths=[3, -1]), "lengths has -1"),
     ):
         with pytest.raises(ValueError, match=message):
             run()

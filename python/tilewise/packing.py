@@ -65,7 +65,7 @@ class Packing:
 
 def offsets(lengths, device=None) -> torch.Tensor:
     """int32 (n + 1,): 0 and the running sums of ``lengths``, as ``cu_seqlens`` arguments want them."""
-    return torch.tensor([0, *accumulate(_as_lengths("offsets", lengths))], dtype=torch.int32, device=device)
+    return torch.tensor([0, *accumulate(as_lengths("offsets", lengths))], dtype=torch.int32, device=device)
 
 
 def pack(lengths, capacity=None, *, device=None) -> Packing:
@@ -83,7 +83,7 @@ def pack(lengths, capacity=None, *, device=None) -> Packing:
         TypeError: lengths that are not integers.
     """
     device = lengths.device if device is None and torch.is_tensor(lengths) else device
-    lengths = _as_lengths("pack", lengths)
+    lengths = as_lengths("pack", lengths)
     capacity = max(lengths, default=0) if capacity is None else capacity
     if max(lengths, default=0) > capacity:
         raise ValueError(f"pack: lengths has {max(lengths)}, expected at most {capacity} (capacity)")
@@ -145,7 +145,7 @@ def pad(packed, where, *, length=None, value=0) -> torch.Tensor:
     return blank.index_copy(0, token, packed).unflatten(0, (rows, length))
 
 
-def _as_lengths(operation, lengths) -> list[int]:
+def as_lengths(operation, lengths) -> list[int]:
     if torch.is_tensor(lengths):
         if lengths.is_floating_point() or lengths.dtype == torch.bool or lengths.ndim != 1:
             got = f"{lengths.dtype} with {lengths.ndim} dimensions"
@@ -191,7 +191,7 @@ def _tokens(operation, where, length, device):
     if isinstance(where, Packing):
         lengths, rows = where.lengths, where.order.cpu()
     else:
-        lengths = _as_lengths(operation, where)
+        lengths = as_lengths(operation, where)
         rows = torch.arange(len(lengths))
     longest = max(lengths, default=0)
     length = longest if length is None else length
