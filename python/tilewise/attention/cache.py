@@ -4,6 +4,7 @@ import torch
 
 from tilewise import _C, rope
 from tilewise._library import check_tensors, core, register
+from tilewise.attention.k_sort import channel_order, expect_order, pairs_of, sort_channels
 from tilewise.attention.paged import FORMATS, attend_pages
 from tilewise.attention.paged_varlen import attend_packed
 
@@ -36,6 +37,10 @@ class KVCache:
         num_pages, page_size, kv_heads, head_dim: the pool; head_dim from 1 to 256.
         format: one of the above.
         k_channels, v_channels: float32 (Hkv, D), c of the int formats; None: ones. :meth:`channels` finds them.
+        k_order: integers (Hkv, D), the order in which pages keep the channels of keys; None: as they are. Of bfp12 a
+            block should hold channels of one size (K-sort, arXiv:2403.20137): :meth:`order` finds it. Queries are
+            sorted alike; nothing else changes. Where nothing turns behind the projections, their rows can be sorted
+            once instead.
         device: of the pages.
 
     Attributes:
@@ -52,6 +57,7 @@ class KVCache:
         format: str = "bf16",
         k_channels: torch.Tensor | None = None,
         v_channels: torch.Tensor | None = None,
+        k_order: torch.Tensor | None = None,
         device: torch.device | str | None = None,
     ):
         if format not in _DTYPES and format not in FORMATS:
@@ -61,7 +67,12 @@ class KVCache:
             raise ValueError(f"KVCache: head_dim is {head_dim}, expected 1 to 256")
         check_tensors("KVCache", k_channels=k_channels, v_channels=v_channels)
         self.format, self.head_dim = format, head_dim
-        self.k_channels, self.v_channels = k_channels, v_channels
+        self.k_channels, self.v_channels, self.k_order = k_channels, v_channels, None
+        if k_order is not None:
+            self._order = expect_order("KVCache", k_order, kv_heads, head_dim)
+            self.k_order = self._order.to(device)
+            if k_channels is not None and k_channels.shape == k_order.shape:
+                self.k_channels = k_channels.gather(1, self.k_order)
         self._code = FORMATS.index(format) if format in FORMATS else 0
         dtype, width = _DTYPES.get(format, torch.uint8), head_dim
         if self._code:
@@ -74,6 +85,8 @@ class KVCache:
         """sqrt(max |x|) of every head and channel of (B, Hkv, S, D) calibration data, 1 where all is zero."""
         largest = x.detach().float().abs().amax((0, 2))
         return torch.where(largest > 0, largest.sqrt(), torch.ones_like(largest)).contiguous()
+
+    order = staticmethod(channel_order)
 
     @property
     def nbytes(self) -> int:
@@ -111,13 +124,19 @@ class KVCache:
             if positions is None:
                 positions = start[:, None] + torch.arange(k.shape[2], device=start.device)
             cos, sin = rope.table(positions, rotary_dim or self.head_dim, theta=theta)
-        options = (self._code, self.k_channels, self.v_channels, cos, sin, interleaved)
-        _cache_append_op(self.k_pages, self.v_pages, block_table, start, k, v, *options)
+        k = sort_channels(k, self.k_order)
+        heads = {t.shape[1] for t in (k, v) if t.ndim == 4}
+        for head, *angles in self._turning("KVCache.append", heads, cos, sin, interleaved):
+            pages = _of_head(self.k_pages, 2, head), _of_head(self.v_pages, 2, head)
+            rows = _of_head(k, 1, head), _of_head(v, 1, head)
+            channels = _of_head(self.k_channels, 0, head), _of_head(self.v_channels, 0, head)
+            _cache_append_op(*pages, block_table, start, *rows, self._code, *channels, *angles, interleaved)
         torch.autograd.graph.increment_version((self.k_pages, self.v_pages))
 
     def attend(self, q: torch.Tensor, block_table: torch.Tensor, seq_lens: torch.Tensor, **options):
         """:func:`paged_attention` of q (B, Hq, S, D) to this cache; with codes, q may have any float type."""
         pages = (self.k_pages, self.v_pages, block_table, seq_lens)
+        q = sort_channels(q, self.k_order)
         return attend_pages(q, *pages, format=self._code, channels=(self.k_channels, self.v_channels), **options)
 
     def attend_varlen(
@@ -130,6 +149,8 @@ class KVCache:
     ):
         """:func:`paged_attention_varlen` of q (T, Hq, D) to this cache; with codes, q may have any float type."""
         pages = (self.k_pages, self.v_pages, block_table, cu_seqlens_q, seq_lens)
+        if self.k_order is not None and q.ndim == 3:
+            q = sort_channels(q.transpose(0, 1)[None], self.k_order)[0].transpose(0, 1)
         return attend_packed(q, *pages, format=self._code, channels=(self.k_channels, self.v_channels), **options)
 
     def update_rope(
@@ -150,9 +171,24 @@ class KVCache:
         check_tensors("KVCache.update_rope", block_table=block_table, positions=positions)
         moved = torch.as_tensor(delta, device=positions.device).expand(positions.shape)
         cos, sin = rope.table(moved, rotary_dim or self.head_dim, theta=theta)
-        options = (self.head_dim, self._code, self.k_channels, cos, sin, interleaved)
-        _cache_rotate_op(self.k_pages, block_table, positions, *options)
+        for head, *angles in self._turning("KVCache.update_rope", {self.k_pages.shape[2]}, cos, sin, interleaved):
+            pages, channels = _of_head(self.k_pages, 2, head), _of_head(self.k_channels, 0, head)
+            options = (self.head_dim, self._code, channels, *angles, interleaved)
+            _cache_rotate_op(pages, block_table, positions, *options)
         torch.autograd.graph.increment_version((self.k_pages,))
+
+    def _turning(self, operation, heads, cos, sin, interleaved):
+        """(head, cos, sin): all heads at once, None, or those with channels in their own order one by one.
+
+        Nonsense goes on as it is: the core reports it.
+        """
+        known = cos is not None and sin is not None and cos.shape == sin.shape and 2 * cos.shape[-1] <= self.head_dim
+        if self.k_order is None or not known or heads != {len(self._order)}:
+            yield None, cos, sin
+            return
+        pairs = pairs_of(operation, self._order, 2 * cos.shape[-1], interleaved).to(cos.device)
+        for head, of_head in enumerate(pairs):
+            yield head, cos[..., of_head].contiguous(), sin[..., of_head].contiguous()
 
     def compact(
         self, block_table: torch.Tensor, prefix_len: torch.Tensor, path: torch.Tensor, accept_len: torch.Tensor
@@ -161,3 +197,7 @@ class KVCache:
         from tilewise.speculative import compact_kv
 
         compact_kv([(self.k_pages, self.v_pages)], block_table, prefix_len, path, accept_len)
+
+
+def _of_head(t, dim, head):
+    return t if t is None or head is None else t.narrow(dim, head, 1)

@@ -48,3 +48,20 @@ def rotate(x, cos, sin, interleaved=False):
     turned = (a * cos - b * sin, b * cos + a * sin)
     head = torch.stack(turned, -1).flatten(-2) if interleaved else torch.cat(turned, -1)
     return torch.cat([head, rest], -1)
+
+
+def channel_order(k, rotary_dim=0, interleaved=False):
+    """int64 (Hkv, D): each head's channels of k (B, Hkv, S, D), largest norm first, those that turn in pairs."""
+    half, dim = rotary_dim // 2, k.shape[-1]
+    pairs = [(2 * i, 2 * i + 1) if interleaved else (i, i + half) for i in range(half)]
+    orders = []
+    for head in k.double().transpose(0, 1).flatten(1, 2):
+        norm = lambda channels: -float(head[:, list(channels)].norm())  # noqa: B023, E731
+        turning = sorted(pairs, key=norm)
+        turning = (
+            [c for pair in turning for c in pair]
+            if interleaved
+            else [*(a for a, _ in turning), *(b for _, b in turning)]
+        )
+        orders.append([*turning, *sorted(range(rotary_dim, dim), key=lambda c: norm([c]))])
+    return torch.tensor(orders)
