@@ -1,5 +1,6 @@
 """tw.distributed.ring_attention: 2 and 4 processes on gloo against one process."""
 
+import re
 import time
 from datetime import timedelta
 
@@ -24,6 +25,16 @@ CASES = {
     "f16": ((1, 2, 40, 64), (1, 1, 72, 64), 64, torch.float16, False, None),
     "no-keys": ((1, 2, 8, 64), (1, 2, 0, 64), 64, torch.float32, False, None),
     "no-rows": ((1, 2, 0, 64), (1, 2, 0, 64), 64, torch.float32, True, None),
+}
+# What all ranks get where the last one alone is wrong, or other than the first.
+OF_ONE_RANK = {
+    "dtype": "TypeError: attention: k",
+    "list": "TypeError: ring_attention: v is a list",
+    "dims": "ValueError: ring_attention: q has 3 dimensions, expected 4",
+    "head-dim": "ValueError: attention: k has head dim 8",
+    "other-dtype": "ValueError: ring_attention: .*torch.float16, .*expected those of rank 0: .*torch.float32",
+    "other-causal": "ValueError: ring_attention: .*causal=True.* expected those of rank 0: .*causal=False",
+    "other-scale": "ValueError: ring_attention: .*scale=0.5 .*expected those of rank 0: .*scale=None",
 }
 SECONDS = 60  # a deadlock is a failure
 
@@ -53,14 +64,22 @@ def run_shard(whole, case, rank, world, group=None):
 
 
 def errors(rank, world):
-    """What every rank gets for shapes that do not fit."""
-    q = torch.zeros(1, 2, 8, 16)
+    """What every rank gets for arguments that do not fit."""
+    q, last = torch.zeros(1, 2, 8, 16), rank == world - 1
     calls = {
         "uneven": lambda: ring_attention(*(t[:, :, : 8 - rank] for t in (q, q, q))),
         "odd": lambda: ring_attention(*(t[:, :, :5] for t in (q, q, q)), causal=True),
         "unlike": lambda: ring_attention(q, q[:, :, :4], q[:, :, :4], causal=True),
         "heads": lambda: ring_attention(q, q[:, :1], q),
         "other-heads": lambda: ring_attention(q[:, : 1 + rank % 2], q[:, :1], q[:, :1]),
+        # what only the last rank has wrong, or has otherwise
+        "dtype": lambda: ring_attention(q, q.double() if last else q, q),
+        "list": lambda: ring_attention(q, q, [1] if last else q),
+        "dims": lambda: ring_attention(q[0] if last else q, q, q),
+        "head-dim": lambda: ring_attention(q, q[..., :8] if last else q, q),
+        "other-dtype": lambda: ring_attention(*(t.half() if last else t for t in (q, q, q))),
+        "other-causal": lambda: ring_attention(q, q, q, causal=last),
+        "other-scale": lambda: ring_attention(q, q, q, scale=0.5 if last else None),
     }
     return {name: _message(call) for name, call in calls.items()}
 
@@ -68,8 +87,8 @@ def errors(rank, world):
 def _message(call):
     try:
         call()
-    except ValueError as error:
-        return str(error)
+    except (ValueError, TypeError) as error:
+        return f"{type(error).__name__}: {error}"
 
 
 def work(rank, world, folder):
@@ -137,6 +156,9 @@ def test_processes(world, tmp_path):
         assert "k has 4 rows, expected 8" in messages["unlike"]
         assert "v has 2 heads, expected 1" in messages["heads"]
         assert "on rank 1, expected those of rank 0" in messages["other-heads"]
+        for what, message in OF_ONE_RANK.items():
+            assert re.match(message, messages[what]), f"{what} on rank {rank}: {messages[what]}"
+            assert f"on rank {world - 1}" in messages[what] or (rank == world - 1 and "other" not in what)
     assert "group is without this process" in found[0]["outside"]
 
 
@@ -182,7 +204,6 @@ def test_zigzag_shares_the_work_evenly():
 
 Q = torch.zeros(1, 1, 8, 16)
 BAD = {
-    "list": (TypeError, "ring_attention: k is a list", lambda: ring_attention(Q, [1], Q)),
     "no-group": (ValueError, "expected torch.distributed to be initialized", lambda: ring_attention(Q, Q, Q)),
     "shard-rows": (ValueError, "t has 8 rows, expected a multiple of 6", lambda: zigzag_shard(Q, 0, 3)),
     "shard-rank": (ValueError, "rank is 2, expected 0 to 1", lambda: zigzag_shard(Q, 2, 2)),

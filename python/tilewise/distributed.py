@@ -1,5 +1,6 @@
 """Attention over sequences that are spread over processes (torch.distributed)."""
 
+import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -22,8 +23,9 @@ def ring_attention(q, k, v, group=None, causal=False, scale=None):
     q, dout and two numbers a row go round, dq comes back, dk and dv gather where the keys are. What travels does so
     while the step before it computes. Partial results are joined in float32.
 
-    All ranks of the group call it, and its backward, in the same order. They compare their shapes first, so that a
-    mismatch is an error on all of them; on a GPU that waits for the device once a call.
+    All ranks of the group call it, and its backward, in the same order. Before anything else travels, each tells the
+    others what it was given and whether it can work with that, so that an error of one, or a mismatch, is an error on
+    all of them; on a GPU that waits for the device once a call.
 
     Args:
         q: (B, Hq, S / N, D), this rank's rows; float32, float16 or bfloat16.
@@ -37,15 +39,13 @@ def ring_attention(q, k, v, group=None, causal=False, scale=None):
         out (B, Hq, S / N, Dv), of this rank's rows. Differentiable in q, k and v.
 
     Raises:
-        ValueError: shapes that do not fit or differ between ranks, an odd number of rows or rows unlike the keys with
-            ``causal``, no process group.
+        ValueError: shapes that do not fit, an odd number of rows or rows unlike the keys with ``causal``, no process
+            group; anything that differs between ranks.
         TypeError, NotImplementedError: as :func:`tilewise.attention`.
+        All ranks raise what the first of them does that cannot work.
     """
-    check_tensors("ring_attention", q=q, k=k, v=v)
     ring = _Ring.of(group)
-    _expect_shapes(ring, q, k, v, causal)
-    with torch.no_grad():  # the core's own checks, before anything is on its way
-        attention(q[:, :, :0], k[:, :, :0], v[:, :, :0], scale=scale)
+    _agree(ring, _problem(q, k, v, causal, scale), q, k, v, causal, scale)
     if not q.numel() or not k.numel():  # the same on every rank
         return attention(q, k, v, scale=scale)
     return _RingAttention.apply(q, k, v, ring, causal, scale)
@@ -172,6 +172,12 @@ class _Ring:
             raise ValueError("ring_attention: group is without this process, expected one that it belongs to")
         return _Ring(group, rank, dist.get_world_size(group))
 
+    @property
+    def device(self) -> torch.device:
+        """Where what the group exchanges has to be."""
+        on_gpu = dist.get_backend(self.group) == "nccl"
+        return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+
     def after(self, steps) -> int:
         """The rank so many steps on."""
         return (self.rank + steps) % self.world
@@ -227,21 +233,64 @@ def _wait(requests):
         request.wait()
 
 
-def _expect_shapes(ring, q, k, v, causal):
-    """The same ValueError on every rank: they look at all shapes together."""
-    for name, t in (("q", q), ("k", k), ("v", v)):
-        if t.ndim != 4:
-            raise ValueError(f"ring_attention: {name} has {t.ndim} dimensions, expected 4")
-    if ring.world > 1:
-        own = torch.tensor([*q.shape, *k.shape, *v.shape], device=q.device)
-        shapes = [torch.empty_like(own) for _ in range(ring.world)]
-        dist.all_gather(shapes, own, group=ring.group)
-        first, *others = [s.tolist() for s in shapes]
-        for rank, shape in enumerate(others, 1):
-            if shape != first:
-                got = f"shapes {shape[:4]}, {shape[4:8]} and {shape[8:]} on rank {rank}"
-                raise ValueError(f"ring_attention: q, k and v have {got}, expected those of rank 0: {first}")
-    if causal and q.shape[2] != k.shape[2]:
-        raise ValueError(f"ring_attention: k has {k.shape[2]} rows, expected {q.shape[2]} (q's) with causal")
-    if causal and q.shape[2] % 2:
-        raise ValueError(f"ring_attention: q has {q.shape[2]} rows, expected an even number with causal (zigzag_shard)")
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_ERRORS = (ValueError, TypeError, NotImplementedError, RuntimeError)
+_TEXT = 240  # bytes of a message that the others get to read
+
+
+def _problem(q, k, v, causal, scale):
+    """The error that this rank's arguments are, or None."""
+    try:
+        check_tensors("ring_attention", q=q, k=k, v=v)
+        for name, t in (("q", q), ("k", k), ("v", v)):
+            if t.ndim != 4:
+                raise ValueError(f"ring_attention: {name} has {t.ndim} dimensions, expected 4")
+        with torch.no_grad():  # the core's own checks
+            attention(q[:, :, :0], k[:, :, :0], v[:, :, :0], scale=scale)
+        rows, keys = q.shape[2], k.shape[2]
+        if causal and rows != keys:
+            raise ValueError(f"ring_attention: k has {keys} rows, expected {rows} (q's) with causal")
+        if causal and rows % 2:
+            raise ValueError(f"ring_attention: q has {rows} rows, expected an even number with causal (zigzag_shard)")
+    except _ERRORS as error:
+        return error
+    return None
+
+
+def _agree(ring, problem, q, k, v, causal, scale):
+    """Raises on every rank if there is a problem on one, or if they were given different things.
+
+    One exchange of a few numbers: what is wrong, if anything, or what was given.
+    """
+    if ring.world == 1:
+        if problem is not None:
+            raise problem
+        return
+    given, text = [-1] * 17, b""
+    if problem is None:
+        bits = struct.unpack("q", struct.pack("d", -1.0 if scale is None else scale))[0]
+        given = [len(_ERRORS), *q.shape, *k.shape, *v.shape, _DTYPES.index(q.dtype), bool(causal), scale is None, bits]
+    else:
+        kind = next(i for i, error in enumerate(_ERRORS) if isinstance(problem, error))
+        given, text = [kind, *given[1:]], str(problem).encode()[:_TEXT]
+    own = torch.tensor([*given, *text.ljust(_TEXT, b"\0")], dtype=torch.int64, device=ring.device)
+    gathered = [torch.empty_like(own) for _ in range(ring.world)]
+    dist.all_gather(gathered, own, group=ring.group)
+    table = [t.tolist() for t in gathered]
+    for rank, (kind, *rest) in enumerate(table):
+        if kind < len(_ERRORS):
+            message = bytes(rest[-_TEXT:]).rstrip(b"\0").decode(errors="replace")
+            raise problem if rank == ring.rank else _ERRORS[kind](f"{message} (on rank {rank})")
+    for rank, other in enumerate(table):
+        if other[:17] != table[0][:17]:
+            raise ValueError(
+                f"ring_attention: {_told(other)} on rank {rank}, expected those of rank 0: {_told(table[0])}"
+            )
+
+
+def _told(given):
+    _, *numbers = given
+    shapes, (dtype, causal, default, bits) = numbers[:12], numbers[12:16]
+    scale = None if default else struct.unpack("d", struct.pack("q", bits))[0]
+    shapes = ", ".join(str(tuple(shapes[i : i + 4])) for i in (0, 4, 8))
+    return f"q, k and v have shapes {shapes}, {_DTYPES[dtype]}, causal={bool(causal)}, scale={scale}"
