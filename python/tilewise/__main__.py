@@ -25,6 +25,7 @@ def _bench(arguments) -> None:
         plot_path=arguments.plot,
         markdown_path=arguments.markdown,
         pairs=arguments.pairs,
+        promised=arguments.promised,
     )
 
 
@@ -46,7 +47,8 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("family", nargs="*", choices=[[], *FAMILIES], help="default: all")
     bench.add_argument("--device", default="cpu")
     bench.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
-    bench.add_argument("--filter", default="", help="only cases whose name contains this")
+    bench.add_argument("--filter", default="", help="only cases whose name has a match of this regular expression")
+    bench.add_argument("--promised", action="store_true", help="only cases for which a ratio is promised")
     bench.add_argument("--pairs", type=int, default=15, help="alternations per case (default 15)")
     bench.add_argument("--json", help="write the results to this file")
     bench.add_argument("--markdown", help="write the tables to this Markdown file")
