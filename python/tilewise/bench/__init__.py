@@ -50,6 +50,11 @@ def cells(result: dict) -> list[str]:
     return [result["name"], *times, ratio, promised, *((floor, fraction) if result["floor_seconds"] else ("", ""))]
 
 
+def rates_text(rates: dict) -> str:
+    products = (f"{dtype} {rate / 1e9:.0f} GFLOP/s" for dtype, rate in rates["flops"].items())
+    return ", ".join([*products, f"copy {rates['bytes'] / 1e9:.1f} GB/s"])
+
+
 COLUMNS = ("case", "tilewise ms", "torch ms", "torch / tilewise", "promised", "floor ms", "of floor")
 
 
@@ -58,8 +63,7 @@ def _table(entry: dict):
 
     machine, rates = entry["machine"], entry["rates"]
     about = f"{machine['device']}, {machine['threads']} thread(s), {machine['isa']}, torch {machine['torch']}"
-    measured = f"rates measured: {rates['flops'] / 1e9:.0f} GFLOP/s, {rates['bytes'] / 1e9:.1f} GB/s"
-    table = Table(title=f"{entry['family']}: {about}", caption=measured)
+    table = Table(title=f"{entry['family']}: {about}", caption=f"rates measured: {rates_text(rates)}")
     for column in COLUMNS:
         table.add_column(column, justify="left" if column == "case" else "right")
     for result in entry["results"]:
@@ -77,11 +81,12 @@ def markdown(report: list[dict], command: str) -> str:
             f"## {entry['family']}",
             "",
             f"{machine['device']}, {machine['threads']} thread(s), {machine['isa']}, torch {machine['torch']}, "
-            f"{machine['date']}; rates measured {rates['flops'] / 1e9:.0f} GFLOP/s, {rates['bytes'] / 1e9:.1f} GB/s",
+            f"{machine['date']}; rates measured: {rates_text(rates)}",
             "",
             "| " + " | ".join(COLUMNS) + " |",
             "|---|" + "---:|" * (len(COLUMNS) - 1),
             *("| " + " | ".join(cells(r)) + " |" for r in entry["results"]),
+            *(f"\nFailed: {name}: {why}" for name, why in entry.get("failed", {}).items()),
             "",
         ]
     return "\n".join([f"Command: `{command}`", "", *lines])
@@ -117,15 +122,29 @@ def plot(report: list[dict], path: str) -> None:
 
 
 def measure_family(
-    family: str, device: torch.device, rates: Rates, pattern="", pairs=15, track=iter, promised=False
+    family: str, device: torch.device, rates: Rates, pattern="", pairs=15, track=iter, promised=False, keep_going=None
 ) -> dict:
-    """One family's entry of the report; ``track`` may wrap the iteration in a progress bar."""
+    """One family's entry of the report; ``track`` may wrap the iteration in a progress bar.
+
+    ``keep_going(entry)`` is called after every case, and a case that raises is noted in the entry and left behind.
+    """
     cases = [c for c in importlib.import_module(f"tilewise.bench.{family}").cases(device) if re.search(pattern, c.name)]
     cases = [c for c in cases if c.target or not promised]
-    results = [measure(case, rates, device, pairs) for case in track(cases)]
-    rows = [{**asdict(r), "fraction_of_floor": r.fraction_of_floor} for r in results]
-    machine = _machine(device, torch.get_num_threads())
-    return {"family": family, "machine": machine, "rates": asdict(rates), "results": rows}
+    entry = {"family": family, "machine": _machine(device, torch.get_num_threads()), "rates": {}, "results": []}
+    for case in track(cases):
+        try:
+            result = measure(case, rates, device, pairs)
+            entry["results"].append({**asdict(result), "fraction_of_floor": result.fraction_of_floor})
+        except Exception as why:
+            if not keep_going:
+                raise
+            entry.setdefault("failed", {})[case.name] = f"{type(why).__name__}: {why}"[:500]
+        entry["rates"] = rates.as_dict()
+        if keep_going:
+            keep_going(entry)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    return entry
 
 
 def run(

@@ -4,6 +4,7 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import tilewise as tw
 from tilewise.bench.case import Case
@@ -30,80 +31,122 @@ _CUDA = [
     for dim in (64, 128)
     for causal in (False, True)
 ]
+_GQA = ("bf16 causal 8K d128 gqa", torch.bfloat16, (2, 32, 8, 8192, 128), True)
 
 
-def _pair(name, device, dtype, shape, causal, forward_target=None, backward_target=None):
+def _torch_attention(backend=None, **options):
+    """torch's operator; ``backend`` keeps it to one of its implementations."""
+    run = partial(F.scaled_dot_product_attention, **options)
+    if backend is None:
+        return run
+
+    def only(*tensors):
+        with sdpa_kernel(backend):
+            return run(*tensors)
+
+    return only
+
+
+def _pair(name, device, dtype, shape, causal, forward_target=None, backward_target=None, backend=None):
+    """Forward, and forward with backward."""
     batch, heads, kv_heads, length, dim = shape
-    q, dout = (torch.randn(batch, heads, length, dim, device=device, dtype=dtype) for _ in range(2))
-    k, v = (torch.randn(batch, kv_heads, length, dim, device=device, dtype=dtype) for _ in range(2))
-    leaves = [t.clone().requires_grad_() for t in (q, k, v)]
     ours = lambda q, k, v: tw.attention(q, k, v, causal=causal)  # noqa: E731
-    theirs = lambda q, k, v: F.scaled_dot_product_attention(  # noqa: E731
-        q, k, v, is_causal=causal, enable_gqa=heads != kv_heads
-    )
+    theirs = _torch_attention(backend, is_causal=causal, enable_gqa=heads != kv_heads)
+
+    def tensors():
+        make = lambda heads: torch.randn(batch, heads, length, dim, device=device, dtype=dtype)  # noqa: E731
+        return [make(n) for n in (heads, kv_heads, kv_heads, heads)]
+
+    def forward():
+        qkv = tensors()[:3]
+        return lambda: ours(*qkv), lambda: theirs(*qkv)
+
+    def both():
+        *qkv, dout = tensors()
+        leaves = [t.requires_grad_() for t in qkv]
+        differentiate = lambda f: lambda: torch.autograd.grad(f(*leaves), leaves, dout)  # noqa: E731
+        return differentiate(ours), differentiate(theirs)
+
     flops = 4 * batch * heads * length * length * dim / (2 if causal else 1)
-    tensors = 2 * q.nbytes + 2 * k.nbytes  # q, out, k and v once
-    differentiate = lambda f: lambda: torch.autograd.grad(f(*leaves), leaves, dout)  # noqa: E731
-    yield Case(name, lambda: ours(q, k, v), lambda: theirs(q, k, v), flops, tensors, forward_target)
-    yield Case(f"{name} fwd+bwd", differentiate(ours), differentiate(theirs), 3.5 * flops, 4 * tensors, backward_target)
+    least = 2 * batch * (heads + kv_heads) * length * dim * dtype.itemsize  # q, out, k and v once
+    yield Case(name, None, None, flops, least, forward_target, dtype, forward)
+    yield Case(f"{name} fwd+bwd", None, None, 3.5 * flops, 4 * least, backward_target, dtype, both)
 
 
-def _with_options(device):
-    """Options beside torch's operator with the same as its attn_mask; what blocks leave out, beside all of it."""
-    q, k, v = (torch.randn(1, 8, 1024, 64, device=device) for _ in range(3))
-    mask = torch.rand(1024, 1024, device=device) < 0.8
-    bias = torch.randn(8, 1024, 1024, device=device)
-    flops, tensors = 4 * 8 * 1024**2 * 64, 4 * q.nbytes
-    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-        given = [t.to(dtype) for t in (q, k, v)]
-        ours, theirs = partial(tw.attention, *given), partial(F.scaled_dot_product_attention, *given)
-        bytes = tensors * dtype.itemsize / 4
-        yield Case(
-            f"{name} mask 1K d64", partial(ours, mask=mask), partial(theirs, attn_mask=mask), flops, bytes, target=1.2
-        )
-        cast = bias.to(dtype)
-        yield Case(
-            f"{name} bias 1K d64",
-            partial(ours, bias=cast),
-            partial(theirs, attn_mask=cast[None]),
-            flops,
-            bytes + cast.nbytes,
-            target=1.2,
-        )
+def _with_options(device, dtypes, batch=1, length=1024, heads=8):
+    """Options beside torch's operator with the same as its attn_mask."""
+    for dtype in dtypes:
+        given = partial(_heads, device, dtype, batch, heads, length, count=3)
+
+        def masked(given=given):
+            qkv, mask = given(), torch.rand(length, length, device=device) < 0.8
+            return partial(tw.attention, *qkv, mask=mask), partial(_torch_attention(), *qkv, attn_mask=mask)
+
+        def biased(given=given, dtype=dtype):
+            qkv, bias = given(), torch.randn(heads, length, length, device=device).to(dtype)
+            return partial(tw.attention, *qkv, bias=bias), partial(_torch_attention(), *qkv, attn_mask=bias[None])
+
+        work = {"flops": 4 * batch * heads * length**2 * 64, "target": 1.2, "dtype": dtype}
+        least, size = 4 * batch * heads * length * 64 * dtype.itemsize, f"{length // 1024}K d64"
+        name = _SHORT[dtype]
+        yield Case(f"{name} mask {size}", bytes=least, prepare=masked, **work)
+        yield Case(f"{name} bias {size}", bytes=least + heads * length**2 * dtype.itemsize, prepare=biased, **work)
 
 
-def _sparse(device, length=4096, heads=4, block=64):
-    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-        q, k, v = (torch.randn(1, heads, length, 64, device=device, dtype=dtype) for _ in range(3))
-        flops, tensors = 4 * heads * length**2 * 64, 4 * q.nbytes
-        dense = partial(F.scaled_dot_product_attention, q, k, v)
-        for percent in (10, 25, 50, 100):
+_SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+def _heads(device, dtype, batch, heads, length, dim=64, count=1):
+    return [torch.randn(batch, heads, length, dim, device=device, dtype=dtype) for _ in range(count)]
+
+
+def _sparse(device, dtypes, length=4096, heads=4, batch=1, dim=64, block=64):
+    """What blocks leave out, beside all of it."""
+    for dtype in dtypes:
+        given = partial(_heads, device, dtype, batch, heads, length, dim, count=3)
+        flops, least = 4 * batch * heads * length**2 * dim, 4 * batch * heads * length * dim * dtype.itemsize
+
+        def blocks(percent, given=given):
+            qkv = given()
             keep = torch.rand(1, heads, length // block, length // block, device=device) < percent / 100
-            ours = partial(tw.attention, q, k, v, block_mask=tw.BlockMask(keep, block))
-            yield Case(f"{name} {percent} % of blocks 4K / dense", ours, dense, flops * percent / 100, tensors)
-        ours = partial(tw.attention, q, k, v, causal=True, window=(256, 0))
-        causal = partial(F.scaled_dot_product_attention, q, k, v, is_causal=True)
-        yield Case(f"{name} causal window 256 4K / causal", ours, causal, flops * 256 / length, tensors)
+            ours = partial(tw.attention, *qkv, block_mask=tw.BlockMask(keep, block))
+            return ours, partial(_torch_attention(), *qkv)
+
+        def window(given=given):
+            qkv = given()
+            ours = partial(tw.attention, *qkv, causal=True, window=(256, 0))
+            return ours, partial(_torch_attention(is_causal=True), *qkv)
+
+        name, size = _SHORT[dtype], f"{length // 1024}K"
+        for percent in (10, 25, 50, 100):
+            kept, work = partial(blocks, percent), flops * percent / 100
+            yield Case(
+                f"{name} {percent} % of blocks {size} / dense", flops=work, bytes=least, dtype=dtype, prepare=kept
+            )
+        work = flops * 256 / length
+        yield Case(f"{name} causal window 256 {size} / causal", flops=work, bytes=least, dtype=dtype, prepare=window)
 
 
-def _varlen(device, dtype=torch.float32, heads=8, dim=64):
+def _varlen(device, dtype=torch.float32, heads=8, dim=64, lengths=(1000, 40, 300, 700, 10, 500)):
     """Packed sequences of mixed lengths; torch pads them to the longest, which makes 57 % of its rows padding."""
-    lengths = [1000, 40, 300, 700, 10, 500]
     batch, longest, total = len(lengths), max(lengths), sum(lengths)
-    cu = torch.tensor([0, *lengths], device=device).cumsum(0).int()
-    q, k, v = (torch.randn(total, heads, dim, device=device, dtype=dtype) for _ in range(3))
-    padded = [torch.zeros(batch, heads, longest, dim, device=device, dtype=dtype) for _ in range(3)]
-    for tensor, packed in zip(padded, (q, k, v), strict=True):
-        for b, rows in enumerate(packed.split(lengths)):
-            tensor[b, :, : lengths[b]] = rows.transpose(0, 1)
-    return Case(
-        "fp32 packed, mixed lengths",
-        lambda: tw.attention_varlen(q, k, v, cu, cu, max_seqlen_q=longest, max_seqlen_k=longest, causal=True),
-        lambda: F.scaled_dot_product_attention(*padded, is_causal=True),
-        flops=2 * heads * dim * sum(n * n for n in lengths),
-        bytes=4 * q.nbytes,
-        target=2.5 if q.device.type == "cpu" else None,
-    )
+
+    def prepare():
+        cu = torch.tensor([0, *lengths], device=device).cumsum(0).int()
+        qkv = [torch.randn(total, heads, dim, device=device, dtype=dtype) for _ in range(3)]
+        padded = [torch.zeros(batch, heads, longest, dim, device=device, dtype=dtype) for _ in range(3)]
+        for tensor, packed in zip(padded, qkv, strict=True):
+            for b, rows in enumerate(packed.split(lengths)):
+                tensor[b, :, : lengths[b]] = rows.transpose(0, 1)
+        options = {"max_seqlen_q": longest, "max_seqlen_k": longest, "causal": True}
+        ours = lambda: tw.attention_varlen(*qkv, cu, cu, **options)  # noqa: E731
+        return ours, partial(_torch_attention(is_causal=True), *padded)
+
+    flops = 2 * heads * dim * sum(n * n for n in lengths)
+    least = 4 * total * heads * dim * dtype.itemsize
+    name = f"{_SHORT[dtype]} packed, mixed lengths"
+    target = 2.5 if device.type == "cpu" else None
+    return Case(name, flops=flops, bytes=least, target=target, dtype=dtype, prepare=prepare)
 
 
 def _tiny(device):
@@ -116,72 +159,102 @@ def _tiny(device):
     )
 
 
-def _few_queries(device, dtype, queries, heads=32, kv_heads=8, keys=4096, dim=128):
+def _few_queries(device, dtype, queries, heads=32, kv_heads=8, keys=4096, dim=128, batch=1):
     """Some tokens behind contiguous keys and values."""
-    q = torch.randn(1, heads, queries, dim, device=device).to(dtype)
-    k, v = torch.randn(2, 1, kv_heads, keys, dim, device=device).to(dtype)
+
+    def prepare():
+        q = torch.randn(batch, heads, queries, dim, device=device).to(dtype)
+        k, v = torch.randn(2, batch, kv_heads, keys, dim, device=device).to(dtype)
+        return partial(tw.attention, q, k, v), partial(_torch_attention(enable_gqa=True), q, k, v)
+
+    many = f"{batch} x " if batch > 1 else ""
     return Case(
-        f"{str(dtype)[6:]} {queries} queries {heads}/{kv_heads} heads d{dim} {keys} keys",
-        lambda: tw.attention(q, k, v),
-        lambda: F.scaled_dot_product_attention(q, k, v, enable_gqa=True),
-        flops=4 * heads * queries * dim * keys,
-        bytes=2 * k.nbytes,
+        f"{str(dtype)[6:]} {many}{queries} queries {heads}/{kv_heads} heads d{dim} {keys} keys",
+        flops=4 * batch * heads * queries * dim * keys,
+        bytes=2 * batch * kv_heads * keys * dim * dtype.itemsize,
+        dtype=dtype,
+        prepare=prepare,
     )
 
 
-def _decode(device, dtype, heads, kv_heads, keys=8192, dim=128, page=16, target=None):
-    """One token behind a cache in pages, beside torch, whose keys and values lie ready in its own layout."""
-    pages = -(-keys // page)
-    k_pages, v_pages = torch.randn(2, pages, page, kv_heads, dim, device=device).to(dtype)
-    table = torch.randperm(pages, device=device)[None].int()
-    lens = torch.tensor([keys], dtype=torch.int32, device=device)
-    q = torch.randn(1, heads, 1, dim, device=device).to(dtype)
-    gathered = (p.index_select(0, table[0]).flatten(0, 1)[:keys] for p in (k_pages, v_pages))
-    k, v = (t.transpose(0, 1)[None].contiguous() for t in gathered)
+def _decode(device, form, heads, kv_heads, keys=8192, dim=128, page=16, target=None, batch=1):
+    """One token a sequence behind a cache in pages, beside torch, whose keys and values lie ready in its own layout.
+
+    ``form``: a dtype, or the format of a quantised cache, then beside torch in bfloat16.
+    """
+    quantised = isinstance(form, str)
+    dtype = torch.bfloat16 if quantised else form
+    pages = batch * -(-keys // page)
+
+    def prepare():
+        table = torch.randperm(pages, device=device).view(batch, -1).int()
+        lens = torch.full((batch,), keys, dtype=torch.int32, device=device)
+        q = torch.randn(batch, heads, 1, dim, device=device).to(dtype)
+        k, v = (torch.randn(batch, kv_heads, keys, dim, device=device, dtype=dtype) for _ in range(2))
+        cache = tw.KVCache(pages, page, kv_heads, dim, format=form if quantised else _SHORT[dtype], device=device)
+        cache.append(k, v, table, torch.zeros_like(lens))
+        theirs = partial(_torch_attention(enable_gqa=heads != kv_heads), q, k, v)
+        if quantised:
+            return lambda: cache.attend(q, table, lens), theirs
+        return lambda: tw.paged_attention(q, cache.k_pages, cache.v_pages, table, lens), theirs
+
+    row = tw.KVCache(1, 1, 1, dim, format=form).nbytes if quantised else 2 * dim * dtype.itemsize
+    many = f"{batch} x " if batch > 1 else ""
+    size = f"{many}{heads}/{kv_heads} heads d{dim} {keys} keys"
     return Case(
-        f"decode {str(dtype)[6:]} {heads}/{kv_heads} heads d{dim} {keys} keys",
-        lambda: tw.paged_attention(q, k_pages, v_pages, table, lens),
-        lambda: F.scaled_dot_product_attention(q, k, v, enable_gqa=heads != kv_heads),
-        flops=4 * heads * dim * keys,
-        bytes=2 * keys * kv_heads * dim * q.element_size(),
+        f"decode {form} {size} (torch: bfloat16)" if quantised else f"decode {str(dtype)[6:]} {size}",
+        flops=4 * batch * heads * dim * keys,
+        bytes=batch * keys * kv_heads * row,
         target=target,
+        dtype=dtype,
+        prepare=prepare,
     )
 
 
-def _decode_codes(device, format, heads, kv_heads, keys=8192, dim=128, page=16, target=None):
-    """The same with a quantised cache, beside torch in bfloat16."""
-    beside = _decode(device, torch.bfloat16, heads, kv_heads, keys, dim, page)
-    pages = -(-keys // page)
-    cache = tw.KVCache(pages, page, kv_heads, dim, format=format, device=device)
-    table = torch.randperm(pages, device=device)[None].int()
-    k, v = torch.randn(2, 1, kv_heads, keys, dim, device=device)
-    cache.append(k, v, table, torch.zeros(1, dtype=torch.int32, device=device))
-    lens = torch.tensor([keys], dtype=torch.int32, device=device)
-    q = torch.randn(1, heads, 1, dim, device=device).bfloat16()
-    return Case(
-        f"decode {format} {heads}/{kv_heads} heads d{dim} {keys} keys (torch: bfloat16)",
-        lambda: cache.attend(q, table, lens),
-        beside.torch,
-        flops=beside.flops,
-        bytes=cache.nbytes,
-        target=target,
-    )
+def _cpu_cases(device):
+    f32, bf16 = torch.float32, torch.bfloat16
+    pairs = [case for name, *row in _CPU for case in _pair(name, device, *row)]
+    decode = [
+        _decode(device, bf16, 32, 8, target=2.3),
+        _decode(device, bf16, 8, 8),
+        _decode(device, f32, 32, 8),
+        _decode(device, "int4", 32, 8, target=3.2),
+        _decode(device, "int4", 8, 8, target=2.2),
+        *(_decode(device, format, 32, 8) for format in ("int8", "int2", "bfp12")),
+    ]
+    few = [_few_queries(device, dtype, n) for dtype in (f32, bf16) for n in (1, 8)]
+    return [
+        *pairs, *_with_options(device, (f32, bf16)), *_sparse(device, (f32, bf16)), _varlen(device), *few, *decode
+    ]  # fmt: skip
+
+
+def _cuda_cases(device):
+    """Beside torch's flash backend; caches of 1 GB and more, so that they come from memory, on every processor."""
+    f32, bf16 = torch.float32, torch.bfloat16
+    flash, promised = SDPBackend.FLASH_ATTENTION, "bf16 causal 8K d128"
+    rows = sorted([*_CUDA, _GQA], key=lambda row: not row[0].startswith(promised))  # the promised ones first
+    pairs = [
+        case
+        for name, *row in rows
+        for case in _pair(name, device, *row, forward_target=1.0 if name == promised else None, backend=flash)
+    ]
+    name, *row = rows[0]
+    cudnn = _pair(f"{name} / cuDNN", device, *row, backend=SDPBackend.CUDNN_ATTENTION)
+    decode = [
+        _decode(device, bf16, 32, 8, batch=32),
+        _decode(device, bf16, 32, 8, keys=32768, batch=8),
+        _decode(device, bf16, 8, 8, batch=32),
+        _decode(device, bf16, 32, 8, batch=1),
+        _decode(device, f32, 32, 8, batch=32),
+        *(_decode(device, format, 32, 8, batch=32) for format in ("int8", "int4")),
+    ]
+    few = [_few_queries(device, bf16, n, keys=8192, batch=32) for n in (1, 8)]
+    options = _with_options(device, (bf16,), batch=4, length=4096, heads=16)
+    sparse = _sparse(device, (bf16,), length=8192, heads=16, batch=2, dim=128)
+    packed = _varlen(device, bf16, heads=16, dim=128, lengths=(4000, 400, 3000, 7000, 100, 5000, 1000, 2000))
+    return [*pairs[:2], *decode, *pairs[2:], *cudnn, packed, *few, *options, *sparse]
 
 
 def cases(device: torch.device) -> list[Case]:
-    rows = _CPU if device.type == "cpu" else _CUDA
-    pairs = [case for name, *row in rows for case in _pair(name, device, *row)]
-    options = [*_with_options(device), *_sparse(device)] if device.type == "cpu" else []
-    decode = [
-        _decode(device, torch.bfloat16, 32, 8, target=2.3),
-        _decode(device, torch.bfloat16, 8, 8),
-        _decode(device, torch.float32, 32, 8),
-    ]
-    if device.type == "cpu":
-        decode += [
-            _decode_codes(device, "int4", 32, 8, target=3.2),
-            _decode_codes(device, "int4", 8, 8, target=2.2),
-            *(_decode_codes(device, format, 32, 8) for format in ("int8", "int2", "bfp12")),
-        ]
-    few = [_few_queries(device, dtype, n) for dtype in (torch.float32, torch.bfloat16) for n in (1, 8)]
-    return [*pairs, *options, _varlen(device), *few, *decode, _tiny(device)]
+    found = _cpu_cases(device) if device.type == "cpu" else _cuda_cases(device)
+    return [*found, _tiny(device)]

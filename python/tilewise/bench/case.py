@@ -3,37 +3,60 @@
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
+
+FLOAT32 = torch.float32
+Run = Callable[[], object]
 
 
 @dataclass
 class Case:
     """The same work done by tilewise and by torch's best way, on the same inputs.
 
-    flops and bytes are the least that any implementation must do; ``target`` is the ratio torch / tilewise that the
-    project promises on one CPU thread, None where it promises nothing.
+    flops and bytes are the least that any implementation must do, dtype is that of the products; ``target`` is the
+    ratio torch / tilewise that the project promises on one CPU thread, None where it promises nothing. Where tensors
+    are large, ``prepare`` makes them and returns both sides: they live only while the case is measured.
     """
 
     name: str
-    tilewise: Callable[[], object]
-    torch: Callable[[], object]
+    tilewise: Run | None = None
+    torch: Run | None = None
     flops: float = 0.0
     bytes: float = 0.0
     target: float | None = None
+    dtype: "torch.dtype" = FLOAT32  # noqa: UP037 (torch is a field here)
+    prepare: Callable[[], tuple[Run, Run]] | None = None
+
+    def runs(self) -> tuple[Run, Run]:
+        return self.prepare() if self.prepare else (self.tilewise, self.torch)
 
 
 @dataclass
 class Rates:
-    """What this machine was measured to do: FLOP/s of torch's fp32 matrix product, bytes/s of a large copy."""
+    """What a device was measured to do: FLOP/s of torch's matrix product in each dtype, bytes/s of a large copy.
 
-    flops: float
+    A dtype's rate is measured when a case first asks for it.
+    """
+
+    device: torch.device
     bytes: float
+    flops: dict[str, float] = field(default_factory=dict)
+
+    def product(self, dtype: torch.dtype) -> float:
+        name = str(dtype).removeprefix("torch.")
+        if name not in self.flops:
+            self.flops[name] = _product_rate(self.device, dtype)
+        return self.flops[name]
 
     def floor(self, case: Case) -> float:
         """Seconds that the case needs at these rates."""
-        return max(case.flops / self.flops, case.bytes / self.bytes)
+        arithmetic = case.flops / self.product(case.dtype) if case.flops else 0.0
+        return max(arithmetic, case.bytes / self.bytes)
+
+    def as_dict(self) -> dict:
+        return {"flops": dict(self.flops), "bytes": self.bytes}
 
 
 @dataclass
@@ -77,39 +100,31 @@ def _repeats(run: Callable[[], object], sample_seconds: float, device: torch.dev
 
 def measure(case: Case, rates: Rates, device: torch.device, pairs: int = 15, sample_seconds: float = 0.03) -> Result:
     """Alternates the two implementations, so that both see the same drift of clocks and load; medians over pairs."""
-    ours_repeats = _repeats(case.tilewise, sample_seconds, device)
-    torch_repeats = _repeats(case.torch, sample_seconds, device)
-    ours, theirs = [], []
+    runs = case.runs()
+    repeats = [_repeats(run, sample_seconds, device) for run in runs]
+    seconds = [[], []]
     for i in range(pairs):
-        first_ours = i % 2 == 0
-        for which in (first_ours, not first_ours):
-            if which:
-                ours.append(_seconds(case.tilewise, ours_repeats, device))
-            else:
-                theirs.append(_seconds(case.torch, torch_repeats, device))
-    ratios = [b / a for a, b in zip(ours, theirs, strict=True)]
-    low, middle, high = statistics.quantiles(ratios, n=4)
-    return Result(
-        case.name,
-        statistics.median(ours),
-        statistics.median(theirs),
-        middle,
-        low,
-        high,
-        rates.floor(case),
-        case.target,
-    )
+        for side in (i % 2, 1 - i % 2):
+            seconds[side].append(_seconds(runs[side], repeats[side], device))
+    ratios = [b / a for a, b in zip(*seconds, strict=True)]
+    low, middle, high = statistics.quantiles(ratios, n=4) if pairs > 1 else ratios * 3
+    medians = [statistics.median(side) for side in seconds]
+    return Result(case.name, *medians, middle, low, high, rates.floor(case), case.target)
+
+
+def _best(run: Run, device: torch.device) -> float:
+    """The best of a few runs: a rate is a limit, so interruptions only ever lower it."""
+    return min(_seconds(run, 3, device) for _ in range(5))
+
+
+def _product_rate(device: torch.device, dtype: torch.dtype) -> float:
+    n = 8192 if device.type == "cuda" else 1024
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    product = torch.empty_like(a)
+    return 2 * n**3 / _best(lambda: torch.mm(a, b, out=product), device)
 
 
 def measure_rates(device: torch.device) -> Rates:
-    """The best of a few runs: a rate is a limit, so interruptions only ever lower it."""
-    n = 8192 if device.type == "cuda" else 1024
-    a, b = (torch.randn(n, n, device=device) for _ in range(2))
-    product = torch.empty_like(a)
-    source = torch.randn((1 << 28 if device.type == "cuda" else 1 << 26) // 4, device=device)
+    source = torch.randn((1 << 30 if device.type == "cuda" else 1 << 26) // 4, device=device)
     copy = torch.empty_like(source)
-    best = lambda run: min(_seconds(run, 3, device) for _ in range(5))  # noqa: E731
-    return Rates(
-        flops=2 * n**3 / best(lambda: torch.mm(a, b, out=product)),
-        bytes=2 * source.numel() * 4 / best(lambda: copy.copy_(source)),
-    )
+    return Rates(device, bytes=2 * source.nbytes / _best(lambda: copy.copy_(source), device))

@@ -36,34 +36,33 @@ def _work(shape, item, passes, tensors):
     return flops, batch * heads * length * item * tensors + heads * length * 4
 
 
-def _case(name, shape, dtype, device, gated=False, causal=True, target=None):
-    u, pregate, postgate = (torch.randn(shape, device=device, dtype=dtype) for _ in range(3))
+def _tensors(shape, dtype, device, gated):
+    """u and k with the gates by name, and dy."""
+    u, dy = (torch.randn(shape, device=device, dtype=dtype) for _ in range(2))
     k = torch.randn(shape[1:], device=device) / shape[2] ** 0.5
-    gates = {"pregate": pregate, "postgate": postgate} if gated else {}
-    flops, bytes_ = _work(shape, u.element_size(), 2, 4 if gated else 2)
-    return Case(
-        name,
-        lambda: fft_conv(u, k, causal=causal, **gates),
-        lambda: torch_conv(u, k, causal=causal, **gates),
-        flops,
-        bytes_,
-        target,
-    )
+    names = ("pregate", "postgate") if gated else ()
+    return u, k, {name: torch.randn(shape, device=device, dtype=dtype) for name in names}, dy
+
+
+def _case(name, shape, dtype, device, gated=False, causal=True, target=None):
+    def prepare():
+        u, k, gates, _ = _tensors(shape, dtype, device, gated)
+        options = {"causal": causal, **gates}
+        return lambda: fft_conv(u, k, **options), lambda: torch_conv(u, k, **options)
+
+    flops, least = _work(shape, dtype.itemsize, 2, 4 if gated else 2)
+    return Case(name, flops=flops, bytes=least, target=target, dtype=dtype, prepare=prepare)
 
 
 def _training_case(name, shape, dtype, device, gated=False):
-    u, pregate, postgate, dy = (torch.randn(shape, device=device, dtype=dtype) for _ in range(4))
-    k = torch.randn(shape[1:], device=device) / shape[2] ** 0.5
-    gates = {"pregate": pregate, "postgate": postgate} if gated else {}
-    leaves = [t.requires_grad_() for t in (u, k, *gates.values())]
-    flops, bytes_ = _work(shape, u.element_size(), 5, 11 if gated else 5)
-    return Case(
-        name,
-        lambda: torch.autograd.grad(fft_conv(u, k, **gates), leaves, dy),
-        lambda: torch.autograd.grad(torch_conv(u, k, **gates), leaves, dy),
-        flops,
-        bytes_,
-    )
+    def prepare():
+        u, k, gates, dy = _tensors(shape, dtype, device, gated)
+        leaves = [t.requires_grad_() for t in (u, k, *gates.values())]
+        differentiate = lambda f: lambda: torch.autograd.grad(f(u, k, **gates), leaves, dy)  # noqa: E731
+        return differentiate(fft_conv), differentiate(torch_conv)
+
+    flops, least = _work(shape, dtype.itemsize, 5, 11 if gated else 5)
+    return Case(name, flops=flops, bytes=least, dtype=dtype, prepare=prepare)
 
 
 def cases(device: torch.device) -> list[Case]:

@@ -10,6 +10,7 @@ from tilewise.sparse import _csr_linear_dvalues_op, _csr_linear_op, _nm_linear_d
 CSR_SHAPE = (512, 2048, 2048)  # rows, inputs, outputs
 CSR_TARGETS = {0.8: 1.8, 0.9: None, 0.95: None}
 NM_SHAPES = [(1, 4096, 4096), (16, 4096, 4096), (512, 2048, 2048), (2048, 512, 2048)]
+CUDA_NM_SHAPES = [(1, 8192, 8192), (16, 8192, 8192), (4096, 4096, 4096), (8192, 8192, 8192)]
 
 
 def _tensors(device, dtype, rows, columns, out):
@@ -17,30 +18,37 @@ def _tensors(device, dtype, rows, columns, out):
     return [torch.randn(shape, dtype=dtype, device=device) for shape in shapes]
 
 
-def _nm_cases(device, dtype, rows, columns, out):
+def _nm_runs(device, dtype, rows, columns, out):
+    """Both sides of every operation, on the same tensors."""
     w, x, dy = _tensors(device, dtype, rows, columns, out)
     weight = tw.NMSparse.from_dense(w)
     values, indices, mask = weight.values, weight.indices, weight.mask()
     dense = weight.to_dense()
-    size, name = w.element_size(), f"2:4 {str(dtype)[6:]} {rows}x{columns}x{out}"
-    work = {
-        "flops": rows * columns * out,  # half of the dense product's
-        "bytes": weight.nbytes + size * (x.numel() + dy.numel()),
+    dx, dvalues = lambda: _nm_linear_dx_op(dy, values, indices), lambda: _nm_linear_dvalues_op(dy, x, indices)
+    return {
+        "forward": (lambda: tw.linear(x, weight), lambda: F.linear(x, dense)),
+        "dx": (dx, lambda: dy @ dense),
+        "dvalues": (dvalues, lambda: (dy.t() @ x).mul_(mask)),
+        "training step": (
+            lambda: (tw.linear(x, weight), dx(), dvalues()),
+            lambda: (F.linear(x, w * mask), dy @ (w * mask), (dy.t() @ x).mul_(mask)),
+        ),
     }
-    yield Case(f"{name} forward", lambda: tw.linear(x, weight), lambda: F.linear(x, dense), **work)
-    if rows < 64:
-        return  # decoding has no backward
-    yield Case(f"{name} dx", lambda: _nm_linear_dx_op(dy, values, indices), lambda: dy @ dense, **work)
-    yield Case(
-        f"{name} dvalues", lambda: _nm_linear_dvalues_op(dy, x, indices), lambda: (dy.t() @ x).mul_(mask), **work
-    )
-    yield Case(
-        f"{name} training step",
-        lambda: (tw.linear(x, weight), _nm_linear_dx_op(dy, values, indices), _nm_linear_dvalues_op(dy, x, indices)),
-        lambda: (F.linear(x, w * mask), dy @ (w * mask), (dy.t() @ x).mul_(mask)),
-        flops=3 * work["flops"],
-        bytes=3 * work["bytes"],
-    )
+
+
+def _nm_cases(device, dtype, rows, columns, out):
+    size, name = dtype.itemsize, f"2:4 {str(dtype)[6:]} {rows}x{columns}x{out}"
+    flops = rows * columns * out  # half of the dense product's
+    least = out * columns * (4 * size + 1) / 8 + size * rows * (columns + out)  # half the values, 2 bits for each
+    operations = {"forward": 1, "dx": 1, "dvalues": 1, "training step": 3} if rows >= 64 else {"forward": 1}
+    for operation, times in operations.items():  # decoding has no backward
+        yield Case(
+            f"{name} {operation}",
+            flops=times * flops,
+            bytes=times * least,
+            dtype=dtype,
+            prepare=lambda operation=operation: _nm_runs(device, dtype, rows, columns, out)[operation],
+        )
 
 
 def _csr_cases(device, sparsity, target, rows, columns, out):
@@ -62,7 +70,7 @@ def cases(device: torch.device) -> list[Case]:
     found = []
     dtypes = [torch.float32] if device.type == "cpu" else [torch.float16, torch.bfloat16]
     for dtype in dtypes:
-        for shape in NM_SHAPES:
+        for shape in NM_SHAPES if device.type == "cpu" else CUDA_NM_SHAPES:
             found += _nm_cases(device, dtype, *shape)
     if device.type == "cpu":
         for sparsity, target in CSR_TARGETS.items():
