@@ -2,19 +2,34 @@
 
 ``emulated`` runs the CUDA launchers and kernels, compiled for the host, on CPU tensors through the same Python
 functions. TILEWISE_EMULATOR=plain|race|asan chooses how they were compiled; other than plain, only tests marked
-``modes`` run (small inputs), and only on ``emulated``. TILEWISE_DEVICES="cpu cuda" narrows the axis.
+``modes`` run (small inputs), and only on ``emulated``. TILEWISE_DEVICES="cpu cuda" narrows the axis,
+and without cpu in it tests that have no device are left out.
+
+``pretend``, on request alone, is the emulator behind tensors that say they are on CUDA: what a GPU would refuse, mixed
+devices above all, is refused without one.
 """
 
+import contextlib
 import os
 import random
 from pathlib import Path
 
-import numpy
-import pytest
-import torch
+# Where a kernel reports a bad index, the next call raises: launches wait, so that tests meet the report there.
+os.environ.setdefault("CUDA_LAUNCH_BLOCKING", "1")
+_KINDS = os.environ.get("TILEWISE_DEVICES", "cpu emulated cuda").split()
+pretend = None
+if "pretend" in _KINDS:
+    from harness import pretend  # before torch
 
-from harness.emulation import MODE, architecture, emulator_library
-from tilewise import _C
+import numpy  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+from harness.emulation import MODE, architecture, emulator_library  # noqa: E402
+from tilewise import _C  # noqa: E402
+
+if pretend:
+    pretend.install()
 
 # The families that have kernels of their own for AMX tiles, or for Hopper; the others would run the same kernels twice.
 _CSRC = Path(__file__).parents[1] / "csrc"
@@ -26,14 +41,15 @@ _EMULATED = {"sm80": 800, "sm90": 901}
 
 
 class Device:
-    """One point of the axis: ``kind`` is cpu, emulated or cuda; ``torch`` is where its tensors live.
+    """One point of the axis: ``kind`` is cpu, emulated, cuda or pretend; ``torch`` is where its tensors live.
 
     ``isa`` is the instruction set of the CPU, or the architecture that the emulator stands for.
     """
 
     def __init__(self, kind: str, isa: str | None = None):
         self.kind, self.isa = kind, isa
-        self.torch = torch.device("cuda" if kind == "cuda" else "cpu")
+        self.torch = torch.device("cuda" if kind in ("cuda", "pretend") else "cpu")
+        self.small = kind in ("emulated", "pretend")  # every operation takes its time
 
     def __str__(self):
         return self.kind if self.isa is None else f"{self.kind}-{self.isa}"
@@ -44,8 +60,9 @@ def _devices():
         return [Device("emulated", arch) for arch in _EMULATED]
     devices = [Device("cpu", isa) for isa in reversed(_C.isa_levels())]
     devices += [Device("emulated", arch) for arch in _EMULATED]
+    devices += [Device("pretend")]
     devices += [Device("cuda")] if _C.cuda_architectures() and torch.cuda.is_available() else []
-    return [d for d in devices if d.kind in os.environ.get("TILEWISE_DEVICES", "cpu emulated cuda").split()]
+    return [d for d in devices if d.kind in _KINDS]
 
 
 @pytest.fixture(params=_devices(), ids=str)
@@ -57,10 +74,23 @@ def device(request):
         _C.set_isa(where.isa)
     if where.kind == "emulated":
         _C.emulate(emulator_library())
-    with architecture(_EMULATED.get(where.isa, 800)):
+    playing = pretend.device if where.kind == "pretend" else contextlib.nullcontext()
+    with architecture(_EMULATED.get(where.isa, 800)), playing:
         yield where
     _C.emulate(None)
     _C.set_isa(before)
+    if where.kind == "cuda":
+        _check_context()
+
+
+def _check_context():
+    """After an illegal access every further call of a process fails: pytest-xdist starts another one."""
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        if "PYTEST_XDIST_WORKER" in os.environ:
+            os._exit(1)
+        raise
 
 
 @pytest.fixture
@@ -86,7 +116,9 @@ def fresh_seed(request):
 def _wanted(item):
     device = item.callspec.params.get("device") if hasattr(item, "callspec") else None
     only = item.get_closest_marker("devices")
-    if only and device and device.kind not in only.args:
+    if "cpu" not in _KINDS and not device:
+        return False
+    if only and device and {"pretend": "cuda"}.get(device.kind, device.kind) not in only.args:
         return False
     own = _FAMILIES_OF.get(device.isa) if device else None
     if own is not None and not item.path.stem.removeprefix("test_").startswith(own):
@@ -94,7 +126,21 @@ def _wanted(item):
     return MODE == "plain" or bool(device and item.get_closest_marker("modes"))
 
 
+def _ends(items):
+    """The first and the last case of every test: devices are mixed in all cases of a test or in none."""
+    first, last = {}, {}
+    for item in items:
+        first.setdefault((item.path, item.originalname), item)
+        last[item.path, item.originalname] = item
+    kept = {id(item) for item in (*first.values(), *last.values())}
+    return [item for item in items if id(item) in kept]
+
+
 def pytest_collection_modifyitems(config, items):
     """Leaves out, rather than skips, the combinations that a test is not about."""
-    config.hook.pytest_deselected(items=[i for i in items if not _wanted(i)])
-    items[:] = [i for i in items if _wanted(i)]
+    wanted = [i for i in items if _wanted(i)]
+    if pretend:
+        wanted = _ends(wanted)
+    kept = set(map(id, wanted))
+    config.hook.pytest_deselected(items=[i for i in items if id(i) not in kept])
+    items[:] = wanted

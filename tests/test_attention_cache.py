@@ -102,7 +102,7 @@ def test_error_falls_with_bits(device):
 def test_attention_is_that_over_dequantised_rows(device, format, dtype, heads, kv_heads, tokens, dim):
     if format in FLOATS and dtype != FLOATS[format]:
         return
-    batch, length = (1, 40) if device.kind == "emulated" else (2, 150)
+    batch, length = (1, 40) if device.small else (2, 150)
     cache, table, _, _ = filled(format, batch, kv_heads, length, dim, dtype=dtype)
     q, lens = torch.randn(batch, heads, tokens, dim).to(dtype), ints([length, length - 19][:batch])
     k, v = dequantized(cache, table, length)
@@ -127,10 +127,10 @@ def test_attention_is_that_over_dequantised_rows(device, format, dtype, heads, k
 
 @pytest.mark.parametrize("format", CODES)
 def test_long_cache_in_splits(device, format):
-    length = 300 if device.kind == "emulated" else 2100
+    length = 300 if device.small else 2100
     cache, table, _, _ = filled(format, 1, 1, length, 64)
     k, v = dequantized(cache, table, length)
-    for tokens in (1, 3 if device.kind == "emulated" else 20):
+    for tokens in (1, 3 if device.small else 20):
         q = torch.randn(1, 2, tokens, 64)
         expected, _ = reference.attention(q.double(), k, v, causal=True)
         for num_splits in (None, 1, 5):

@@ -91,7 +91,7 @@ def test_other_head_dims(device, dtype, dim):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_prompt(device, dtype, options):
     """A whole prompt, longer than a task's rows, behind nothing; and a chunk of one, behind a part."""
-    tokens = 50 if device.kind == "emulated" else 300
+    tokens = 50 if device.small else 300
     check(device, *case(1, 4, 2, tokens, 64, 16, dtype, tokens), **options)
     check(device, *case(1, 2, 2, tokens // 2, 64, 16, dtype, tokens), **options)
 
@@ -116,7 +116,7 @@ def test_many_tokens(device, page_size, options, dim, dtype):
 
 @pytest.mark.parametrize("num_splits", [None, 1, 7, 10**6])
 def test_splits(device, num_splits, dtype=torch.float32):
-    longest = 300 if device.kind == "emulated" else 2600
+    longest = 300 if device.small else 2600
     check(device, *case(1, 4, 2, 2, 64, 16, dtype, longest), num_splits=num_splits)
 
 

@@ -50,7 +50,7 @@ def test_against_reference(device, lengths, dtype, causal):
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("lengths", LONG_PACKS.values(), ids=LONG_PACKS)
 def test_longer(device, lengths, dtype):
-    if device.kind == "emulated":
+    if device.small:
         lengths = [[n // 8 for n in side[:3]] for side in lengths]
     check(lengths, device, dtype, causal=True, heads=3, kv_heads=3)
 

@@ -54,7 +54,7 @@ def test_seed_stream_and_step_change_the_bits(device):
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_mean(device, dtype, size):
     """The mean error of n elements is within 6 standard deviations of zero; one rounding has at most half a step."""
-    n = 2048 if device.kind == "emulated" else 100_000
+    n = 2048 if device.small else 100_000
     slot = exact_slot(n, dtype, size)
     got, exact = run_step([slot], device, PLAIN._replace(seed=int(torch.randint(2**31, ()))))[0].param, stepped(slot)
     up = (

@@ -131,7 +131,7 @@ def test_orthonormalize_large(device, order):
 
 def test_residual_falls(device):
     """The distance from orthonormality is squared by every step, down to rounding."""
-    order = 256 if device.kind != "emulated" else 100
+    order = 100 if device.small else 256
     rows = nearly_orthogonal(1, order)
     iterates = [tw.optim.orthonormalize(rows.to(device.torch), steps=k)[0].double().cpu() for k in range(5)]
     threads = torch.get_num_threads()

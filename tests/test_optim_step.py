@@ -68,7 +68,7 @@ def test_first_step(device, name):
 def test_chunk_boundaries(device, name, form):
     """More than one chunk (8192 elements) and more than one thread's range."""
     o = RULES[name]
-    small = device.kind == "emulated"
+    small = device.small
     shapes = [(4, 2049)] if small else [(1, 8192), (3, 2731), (8193, 1), (5, 4001)]
     slots = [make_slot(shape, torch.float32, None, o, form) for shape in shapes]
     for got, slot in zip(run_step(slots, device, o), slots, strict=True):

@@ -33,7 +33,7 @@ def test_linear(device, dtype, rows, columns, out):
 
 @pytest.mark.parametrize("rows,columns,out", LONG)
 def test_linear_long(device, rows, columns, out):
-    if device.kind == "emulated":
+    if device.small:
         rows, columns = min(rows, 130), min(columns, 512)
     w, x, bias, dy = problem(device, torch.float32, rows, columns, out)
     weight = tw.NMSparse.from_dense(w)

@@ -98,7 +98,7 @@ def test_other_head_dims(device, dtype, dim):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_long_prefix(device, dtype):
     """Long enough to be split between processors and merged again."""
-    if device.kind == "emulated":
+    if device.small:
         check(device, *case(1, 3, 2, 1, 64, 16, dtype, 600))
         return
     check(device, *case(1, 5, 2, 1, 64, 16, dtype, 3000))
@@ -107,7 +107,7 @@ def test_long_prefix(device, dtype):
 
 @pytest.mark.parametrize("nodes", [70, 256])
 def test_chain_is_causal_attention(device, nodes):
-    if device.kind == "emulated":
+    if device.small:
         nodes //= 2
     check(device, *case(1, nodes, 2, 1, 64, 16, torch.bfloat16, 5, chain=True))
 
