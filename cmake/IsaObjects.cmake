@@ -2,9 +2,10 @@
 # tilewise_add_isa_objects(<target> <family> <folder>) adds the objects of <folder>/kernels.cpp to <target>, and those of
 # <folder>/amx.cpp for the kernels of a family that have a version for AMX tiles.
 
-set(TILEWISE_ISAS generic)
+set(TILEWISE_ISAS "" CACHE STRING "Instruction sets to build the CPU kernels for; default: all of this processor family")
+set(isas generic)
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
-  list(APPEND TILEWISE_ISAS avx2 avx512)
+  list(APPEND isas avx2 avx512 amx)
   set(TILEWISE_FLAGS_generic -march=x86-64)
   set(TILEWISE_FLAGS_avx2 -mavx2 -mfma -mbmi2 -mf16c -mprefer-vector-width=256)
   set(TILEWISE_FLAGS_avx512 -mavx2 -mfma -mbmi2 -mf16c -mavx512f -mavx512bw -mavx512vl -mavx512dq
@@ -15,11 +16,14 @@ if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
   endif()
   set(TILEWISE_FLAGS_amx ${TILEWISE_FLAGS_avx512} -mavx512bf16 -mamx-tile -mamx-bf16)
 endif()
+if(NOT TILEWISE_ISAS)
+  set(TILEWISE_ISAS ${isas})
+endif()
 
 function(tilewise_add_isa_objects target family folder)
   set(isas ${TILEWISE_ISAS})
-  if(TILEWISE_FLAGS_amx AND EXISTS ${CMAKE_SOURCE_DIR}/${folder}/amx.cpp)
-    list(APPEND isas amx)
+  if(NOT EXISTS ${CMAKE_SOURCE_DIR}/${folder}/amx.cpp)
+    list(REMOVE_ITEM isas amx)
   endif()
   foreach(isa IN LISTS isas)
     set(source ${folder}/kernels.cpp)

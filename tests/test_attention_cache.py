@@ -12,10 +12,16 @@ from test_speculative import ints
 from tilewise.reference import attention as reference
 from tilewise.reference import kv_cache
 
-pytestmark = pytest.mark.devices("cpu", "emulated")
 i32 = torch.int32
 CODES = ["int8", "int4", "int2", "bfp12"]
 FLOATS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@pytest.fixture(autouse=True)
+def _on_device(request):
+    """Everything that a test makes is on its device."""
+    with request.getfixturevalue("device").torch if "device" in request.fixturenames else torch.device("cpu"):
+        yield
 
 
 def filled(format, batch, kv_heads, length, dim, page_size=8, dtype=torch.float32, with_channels=True, **rope):

@@ -68,6 +68,9 @@ class Tensor(torch.Tensor):
     def tolist(self):
         return self.host.tolist()
 
+    def numpy(self, **_):
+        raise TypeError("can't convert cuda:0 device type tensor to numpy")
+
     def data_ptr(self):
         return self.host.data_ptr()
 
@@ -138,13 +141,15 @@ def _dispatch(function, args, kwargs):
     tensors = _tensors(*args, *kwargs.values())
     if function.namespace == "tilewise":
         return _operator(function, tensors, args, kwargs)
-    kwargs, asked, ours = dict(kwargs), kwargs.get("device"), any(isinstance(t, Tensor) for t in tensors)
+    kwargs, ours = dict(kwargs), any(isinstance(t, Tensor) for t in tensors)
+    asked = next((a for a in (*args, kwargs.get("device")) if isinstance(a, torch.device)), None)
     on_cuda = asked.type == "cuda" if asked is not None else ours
     if not ours and not on_cuda and kwargs.get("generator") is None:
         return function(*args, **kwargs)
     if asked is None:
         _check_devices(function, tensors)
-    elif on_cuda:
+    args = [torch.device("cpu") if isinstance(a, torch.device) else a for a in args]
+    if kwargs.get("device"):
         kwargs["device"] = torch.device("cpu")
     if kwargs.pop("pin_memory", False) and on_cuda:
         raise RuntimeError("Only dense CPU tensors can be pinned")

@@ -152,14 +152,19 @@ def load(path):
 
 
 def build(args):
-    command = ["nvcc", "-std=c++17", "-O3", f"-arch=sm_{args.arch}", "-shared", "-Xcompiler", "-fPIC"]
+    target = f"-gencode=arch=compute_{args.arch},code=sm_{args.arch}"
+    command = [args.nvcc, "-std=c++17", "-O3", target, "-shared", "-Xcompiler", "-fPIC"]
     command += ["-I", emulated.ROOT / "csrc", *(emulated.HERE / s for s in SOURCES), "-o", args.out]
     return subprocess.run(command).returncode
 
 
 def record(args):
-    machine = Gpu()
-    arch, device = machine.describe()
+    if args.emulated:  # a rehearsal
+        emulated.build()
+        args.lib, machine, arch, device = emulated.library_path("plain"), Host(), "emulated", "the emulator"
+    else:
+        machine = Gpu()
+        arch, device = machine.describe()
     found = answers(emulated.load(args.lib), machine, skip_unsupported=True)
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / f"{arch}.npz"
@@ -184,13 +189,15 @@ def main():
     commands = parser.add_subparsers(required=True)
     building = commands.add_parser("build", help="compile the probes with nvcc")
     building.add_argument("--arch", default="90a")
+    building.add_argument("--nvcc", default="nvcc")
     building.add_argument("--out", type=pathlib.Path, default=pathlib.Path("build/libgolden.so"))
     building.set_defaults(run=build)
     for name, run in (("record", record), ("check", check)):
         command = commands.add_parser(name)
-        command.add_argument("--lib", type=pathlib.Path, required=True)
+        command.add_argument("--lib", type=pathlib.Path, default=pathlib.Path("build/libgolden.so"))
         command.add_argument("--out", type=pathlib.Path, default=emulated.ROOT / "tests" / "golden")
         command.set_defaults(run=run)
+    commands.choices["record"].add_argument("--emulated", action="store_true", help="what the emulator answers")
     args = parser.parse_args()
     return args.run(args)
 
