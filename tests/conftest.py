@@ -118,6 +118,8 @@ def _wanted(item):
     only = item.get_closest_marker("devices")
     if "cpu" not in _KINDS and not device:
         return False
+    if only and device and device.kind == "pretend" and only.args == ("cuda",):
+        return False  # graphs, and the like
     if only and device and {"pretend": "cuda"}.get(device.kind, device.kind) not in only.args:
         return False
     own = _FAMILIES_OF.get(device.isa) if device else None
@@ -139,7 +141,7 @@ def _ends(items):
 def pytest_collection_modifyitems(config, items):
     """Leaves out, rather than skips, the combinations that a test is not about."""
     wanted = [i for i in items if _wanted(i)]
-    if pretend:
+    if pretend and not config.option.keyword:
         wanted = _ends(wanted)
     kept = set(map(id, wanted))
     config.hook.pytest_deselected(items=[i for i in items if id(i) not in kept])

@@ -8,6 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import tilewise as tw
+from harness.strides import moved
 from tilewise.reference import attention as reference
 
 
@@ -43,7 +44,7 @@ ERRORS = {
 
 @pytest.mark.parametrize("error,message,changes", ERRORS.values(), ids=ERRORS)
 def test_errors(device, error, message, changes):
-    changes = {name: t.to(device.torch) if isinstance(t, torch.Tensor) else t for name, t in changes.items()}
+    changes = {name: moved(t, device.torch) if isinstance(t, torch.Tensor) else t for name, t in changes.items()}
     with pytest.raises(error, match=message):
         tw.attention(*tensors(device, **changes))
 

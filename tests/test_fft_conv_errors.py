@@ -6,6 +6,7 @@ import torch
 from hypothesis import strategies as st
 
 import tilewise as tw
+from harness.strides import moved
 from tilewise.reference.fft_conv import fft_conv as reference
 
 
@@ -39,7 +40,8 @@ BAD_CALLS = [
 
 @pytest.mark.parametrize("name,arguments,error,text", BAD_CALLS, ids=[c[0] for c in BAD_CALLS])
 def test_bad_calls(device, name, arguments, error, text):
-    there = {n: t.to(device.torch) if isinstance(t, torch.Tensor) else t for n, t in {**good(), **arguments}.items()}
+    given = {**good(), **arguments}
+    there = {n: moved(t, device.torch) if isinstance(t, torch.Tensor) else t for n, t in given.items()}
     before = {n: t.clone() for n, t in there.items() if isinstance(t, torch.Tensor)}
     with pytest.raises(error, match=text) as caught:
         tw.fft_conv(**there)

@@ -140,7 +140,7 @@ def _host_generator(generator, on_cuda):
 def _dispatch(function, args, kwargs):
     tensors = _tensors(*args, *kwargs.values())
     if function.namespace == "tilewise":
-        return _operator(function, tensors, args, kwargs)
+        return _operator(function, args, kwargs)
     kwargs, ours = dict(kwargs), any(isinstance(t, Tensor) for t in tensors)
     asked = next((a for a in (*args, kwargs.get("device")) if isinstance(a, torch.device)), None)
     on_cuda = asked.type == "cuda" if asked is not None else ours
@@ -167,9 +167,9 @@ def _dispatch(function, args, kwargs):
     return _map(wrap, out)
 
 
-def _operator(function, tensors, args, kwargs):
+def _operator(function, args, kwargs):
     """A tilewise operator: its kernel runs in Python, so its own calls go through the mode again."""
-    ours = _on_one_device(function, tensors)
+    ours = _on_one_device(function.overloadpacket.__name__, args, kwargs)
     key = torch._C.DispatchKey.CUDA if ours else torch._C.DispatchKey.CPU
     with device, _emulated(ours):
         return function._op_dk(key, *args, **kwargs)
@@ -188,10 +188,14 @@ def _emulated(wanted, depth=[0]):  # noqa: B006 (kept between calls: operators n
         _C.emulate(emulator_library() if depth[0] else None)
 
 
-def _on_one_device(function, tensors) -> bool:
+def _on_one_device(name, args, kwargs) -> bool:
+    """Whether it is CUDA; the optimizers' step counters may be in host memory."""
+    if name == "optimizer_step":
+        args = [a for i, a in enumerate(args) if i != 7]
+    tensors = _tensors(*args, *kwargs.values())
     ours = sum(isinstance(t, Tensor) for t in tensors)
     if 0 < ours < len(tensors):
-        raise ValueError(f"{function}: tensors on cuda and cpu, expected one device")
+        raise ValueError(f"{name}: tensors on cuda and cpu, expected one device")
     return ours > 0
 
 
@@ -211,8 +215,7 @@ def _core(function):
     """A function of tilewise._C that runs emulated if it is given pretended tensors."""
 
     def call(*args, **kwargs):
-        tensors = _tensors(*args, *kwargs.values())
-        with _emulated(_on_one_device(function.__name__, tensors)):
+        with _emulated(_on_one_device(function.__name__, args, kwargs)):
             return function(*args, **kwargs)
 
     return call
@@ -229,6 +232,7 @@ def _pretend_torch():
         "get_device_capability": (8, 0), "get_device_name": "pretended", "empty_cache": None, "manual_seed_all": None,
         "current_stream": _Stream(), "default_stream": _Stream(), "is_current_stream_capturing": False,
         "memory_allocated": 0, "max_memory_allocated": 0, "reset_peak_memory_stats": None, "set_device": None,
+        "is_bf16_supported": True,
     }  # fmt: skip
     for name, answer in answers.items():
         setattr(torch.cuda, name, lambda *args, answer=answer: answer)

@@ -133,7 +133,7 @@ class CPUOffload(Optimizer):
         if p.device.type == "cpu" and p.dtype == dtype:
             self._host[p] = p
             return p
-        copy = torch.empty(p.shape, dtype=dtype, pin_memory=p.is_cuda).copy_(p.detach())
+        copy = torch.empty(p.shape, dtype=dtype, device="cpu", pin_memory=p.is_cuda).copy_(p.detach())
         host = torch.nn.Parameter(copy)
         self._host[p] = host
         if p.requires_grad:
@@ -160,7 +160,7 @@ class CPUOffload(Optimizer):
         if p.grad.layout is not torch.strided:
             raise TypeError(f"CPUOffload: a gradient has layout {p.grad.layout}, expected a dense tensor")
         if host.grad is None:
-            host.grad = torch.empty(p.shape, dtype=host.dtype, pin_memory=p.is_cuda)
+            host.grad = torch.empty(p.shape, dtype=host.dtype, device="cpu", pin_memory=p.is_cuda)
         with self._beside(p):
             host.grad.copy_(p.grad, non_blocking=True)
         self._copied[p] = weakref.ref(p.grad), p.grad._version
