@@ -102,21 +102,12 @@ def test_error_falls_with_bits(device):
     assert errors == sorted(errors, reverse=True) and errors[0] < 0.5 and errors[-1] < 0.01
 
 
-@pytest.mark.parametrize("format", [*CODES, "bf16"])
-@pytest.mark.parametrize("dtype", FLOATS.values(), ids=FLOATS)
-@pytest.mark.parametrize("heads,kv_heads,tokens,dim", [(2, 2, 1, 128), (2, 1, 1, 64), (4, 1, 1, 100), (6, 2, 3, 64)])
-def test_attention_is_that_over_dequantised_rows(device, format, dtype, heads, kv_heads, tokens, dim):
-    if format in FLOATS and dtype != FLOATS[format]:
-        return
-    batch, length = (1, 40) if device.small else (2, 150)
-    cache, table, _, _ = filled(format, batch, kv_heads, length, dim, dtype=dtype)
-    q, lens = torch.randn(batch, heads, tokens, dim).to(dtype), ints([length, length - 19][:batch])
+def check_attention(cache, table, length, q, lens, num_splits=None, **options):
+    """Against attention in float32 over dequantised rows, rounded at the end: what a cache could do at best."""
     k, v = dequantized(cache, table, length)
-    options = {"window": (length - 10, None), "softcap": 8.0} if tokens == 3 else {}
-    out, lse = cache.attend(q, table, lens, return_lse=True, **options)
+    out, lse = cache.attend(q, table, lens, return_lse=True, num_splits=num_splits, **options)
 
     def plain(q, k, v):
-        """In float32 over float32 rows, rounded at the end: what a cache could do at best."""
         work = torch.float32 if q.dtype != torch.float64 else q.dtype
         rows = [
             reference.attention(
@@ -129,6 +120,56 @@ def test_attention_is_that_over_dequantised_rows(device, format, dtype, heads, k
     rulers = yardsticks([lambda *t: plain(*t)[:1]], [q, k, v], draws(8 * lse.numel()))
     assert_accurate("out", out, *rulers, 2)
     assert_lse_close(lse, plain(q.double(), k, v)[1])
+
+
+@pytest.mark.parametrize("format", [*CODES, "bf16"])
+@pytest.mark.parametrize("dtype", FLOATS.values(), ids=FLOATS)
+@pytest.mark.parametrize("heads,kv_heads,tokens,dim", [(2, 2, 1, 128), (2, 1, 1, 64), (4, 1, 1, 100), (6, 2, 3, 64)])
+def test_attention_is_that_over_dequantised_rows(device, format, dtype, heads, kv_heads, tokens, dim):
+    if format in FLOATS and dtype != FLOATS[format]:
+        return
+    batch, length = (1, 40) if device.small else (2, 150)
+    cache, table, _, _ = filled(format, batch, kv_heads, length, dim, dtype=dtype)
+    q, lens = torch.randn(batch, heads, tokens, dim).to(dtype), ints([length, length - 19][:batch])
+    options = {"window": (length - 10, None), "softcap": 8.0} if tokens == 3 else {}
+    check_attention(cache, table, length, q, lens, **options)
+
+
+@pytest.mark.modes
+@pytest.mark.parametrize("num_splits", [1, 2])
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("format", CODES)
+def test_groups_of_heads_over_several_tiles(device, format, dim, num_splits):
+    """Two tokens of six heads for each key head; keys that only the second token sees."""
+    cache, table, _, _ = filled(format, 1, 2, 200, dim, page_size=7, dtype=torch.bfloat16)
+    q = torch.randn(1, 12, 2, dim).bfloat16()
+    check_attention(cache, table, 200, q, ints([193]), num_splits, window=(150, None))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("format", ["int8", "bfp12"])
+def test_rows_at_any_address(device, format, dtype):
+    cache, table, _, _ = filled(format, 1, 2, 20, 64, dtype=dtype)
+    q, lens = torch.randn(1, 4, 1, 64).to(dtype), ints([20])
+    expected = cache.attend(q, table, lens)
+    for name in ("k_pages", "v_pages"):
+        pages = getattr(cache, name)
+        setattr(cache, name, torch.cat([pages, pages[..., :1]], -1)[..., :-1])
+    torch.testing.assert_close(cache.attend(q, table, lens), expected, atol=0.03, rtol=0.02)
+
+
+@pytest.mark.modes
+@pytest.mark.devices("emulated", "cuda")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("format", CODES)
+def test_values_that_a_token_does_not_see_may_be_nan(device, format, dtype):
+    """Within a tile that other tokens do see, where the CPU kernels multiply them by weights of zero."""
+    k, v = torch.randn(2, 1, 1, 6, 64).to(dtype)
+    v[0, 0, 4, 7] = torch.nan
+    cache, table = tw.KVCache(1, 8, 1, 64, format=format), ints([[0]])
+    cache.append(k, v, table, ints([0]))
+    out = cache.attend(torch.randn(1, 1, 6, 64).to(dtype), table, ints([6]))
+    assert out.isfinite().all(-1).flatten().tolist() == [True] * 4 + [False] * 2
 
 
 @pytest.mark.parametrize("format", CODES)

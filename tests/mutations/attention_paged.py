@@ -10,6 +10,7 @@ from tilewise.reference import kv_cache
 FAMILY = "attention"
 PAGED, PAGED_TILES = "attention/cuda/paged.h", "common/paged/cuda/attention.h"
 PAGED_ROWS, PAGED_SOURCE = "common/paged/cuda/rows.h", "common/paged/cuda/source.h"
+PAGED_CODES = "common/paged/cuda/codes.h"
 CACHE = "attention/cuda/cache.h"
 
 MUTATIONS = [
@@ -29,16 +30,28 @@ MUTATIONS = [
     Mutation("codes_packed_early", PAGED_SOURCE, "    sync_warp();\n    Layout::pack", "    Layout::pack", "race"),
     Mutation("high_fields_lost", PAGED_SOURCE, "byte >> (Bits * (in / 16)) & kMask", "byte & kMask", "plain"),
     Mutation("value_channels_lost", PAGED_ROWS, "p.v_channels ? inverse *", "false ? inverse *", "plain"),
+    Mutation("tile_channels_lost", PAGED_TILES, "p.v_channels ? inverse *", "false ? inverse *", "plain"),
+    Mutation("warps_joined_unweighted", PAGED_TILES, "weight = exp2_approx(", "weight = 1 + 0 * exp2_approx(", "plain"),
+    Mutation("queries_overwritten", PAGED_TILES, "    sync_block();  // the queries have", "    // the", "race"),
+    Mutation("copies_unordered", PAGED_TILES, "      sync_warp();\n", "", "race"),
+    Mutation("joined_early", PAGED_TILES, "    sync_block();\n    store(p,", "    store(p,", "race"),
+    Mutation("query_rounded", PAGED_CODES, "(x[n][e] + x[n][e + 2]) * q.unit", "x[n][e] * q.unit", "plain"),
+    Mutation("query_unit_lost", PAGED_CODES, "+ of_group[e + 2]) * q.unit", "+ of_group[e + 2])", "plain"),
+    Mutation("zero_not_rescaled", PAGED_CODES, "      zero *= factor;\n", "", "plain"),
+    Mutation("hidden_row_counts", PAGED_CODES, "zero += x[n][e] == 0.f ? 0.f :", "zero +=", "plain"),
+    Mutation("odd_bytes_lost", PAGED_CODES, "word >> (kBits * f + 8)", "word >> (kBits * f)", "plain"),
+    Mutation("upper_halves_lost", PAGED_CODES, "upper(column, half) ? 0x7632", "false ? 0x7632", "plain"),
+    Mutation("factors_of_first_group", PAGED_CODES, "exponents[n][1], word / 4)", "exponents[n][1], 0)", "plain"),
 ]
 
 
-def _check_paged(dim=64, **options):
+def _check_paged(tokens, dim=64, **options):
     """Several splits, key tiles with and without masks, a length that ends within a page."""
     generator = torch.Generator().manual_seed(2)
     k_pages, v_pages = torch.randn(2, 30, 16, 1, dim, generator=generator).bfloat16()
     table = torch.randperm(30, generator=generator)[:25][None].int()
-    lens = torch.tensor([386], dtype=torch.int32)  # a tile of keys ends between the diagonals of the 5 tokens
-    q = torch.randn(1, 2, 5, dim, generator=generator).bfloat16()
+    lens = torch.tensor([386], dtype=torch.int32)  # a tile of keys ends between the diagonals of the tokens
+    q = torch.randn(1, 2, tokens, dim, generator=generator).bfloat16()
     out, lse = tw.paged_attention(q, k_pages, v_pages, table, lens, return_lse=True, num_splits=2, **options)
     pages = (k_pages.double(), v_pages.double())
     expected, expected_lse = reference.paged_attention(q.double(), *pages, table, lens, **options)
@@ -69,7 +82,30 @@ def _check_cache(format, dim=96):
     assert (out - expected).norm() < 0.02 * expected.norm()
 
 
+def _check_tiles_of_codes(format, dim=64):
+    """Several tiles of keys, the last of which is hidden from the first token, and not finite for the second."""
+    generator = torch.Generator().manual_seed(4)
+    k, v = torch.randn(2, 1, 1, 150, dim, generator=generator).bfloat16() * torch.linspace(0.3, 3, dim)
+    v += torch.linspace(-4, 4, 150)[:, None]  # zeros that matter, and differ
+    channels = tw.KVCache.channels(v) if format in kv_cache.BITS else None
+    cache = tw.KVCache(20, 8, 1, dim, format=format, k_channels=channels, v_channels=channels)
+    table = torch.randperm(20, generator=generator)[None].int()
+    v[0, 0, 149] = torch.nan
+    cache.append(k.bfloat16(), v.bfloat16(), table, torch.tensor([0], dtype=torch.int32))
+    rows = [p[table[0].long()].flatten(0, 1)[:149].transpose(0, 1)[None] for p in (cache.k_pages, cache.v_pages)]
+    keys, values = (kv_cache.dequantize(r, format, dim, None if channels is None else channels[:, None]) for r in rows)
+    q = 2 * torch.randn(1, 5, 2, dim, generator=generator).bfloat16()
+    out, lse = cache.attend(q, table, torch.tensor([150], dtype=torch.int32), return_lse=True)
+    expected, expected_lse = reference.attention(q[:, :, :1].double(), keys, values, causal=True)
+    torch.testing.assert_close(lse[:, :, :1].double(), expected_lse, rtol=3e-6, atol=3e-6)
+    assert (out[:, :, :1] - expected).norm() < 0.005 * expected.norm()
+    assert out[:, :, 1].isnan().all()
+
+
 def check():
     _check_cache("int4")
     _check_cache("bf16")
-    _check_paged(window=(300, None), softcap=2.0)
+    _check_tiles_of_codes("int4")
+    _check_tiles_of_codes("bfp12")
+    _check_paged(5, window=(300, None), softcap=2.0)
+    _check_paged(20, window=(300, None), softcap=2.0)

@@ -2,7 +2,8 @@
 
 FACTS = {
     "(speculative|paged)::": {"LDL|STL": 0},
-    r"PagedAttention<.*(bf16|fp16), (64|128),": {"HMMA": ">=64", "LDGSTS.*128": ">=16", "LDSM": ">=32"},
+    r"PagedAttention<.*NumberPages<.*, 1>": {"HMMA": ">=64", "LDGSTS.*128": ">=16", "LDSM": ">=32"},
+    r"PagedAttention<.*NumberPages<.*, 4>": {"HMMA": ">=16", "LDGSTS.*128": ">=16", "LDSM": ">=12"},
     r"PagedAttention<.*, 64,": {"registers": "<=168"},
     r"PagedAttention<.*, 128,": {"registers": "<=255"},
     "VerifyGreedy": {"LDG.*128": ">=1"},

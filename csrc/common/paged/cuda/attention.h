@@ -3,6 +3,9 @@
 // keys, and MergeSplits (rows.h) joins their results. Key tiles are gathered through the block table with cp.async,
 // double-buffered.
 //
+// The four warps of a block either have 16 rows each and read all keys of a tile, or share one tile of rows and have a
+// quarter of the keys each: a warp then waits for nobody until the four results are joined at the end.
+//
 // What a token sees is a policy:
 //   Params, kWords                      kernel parameters; 32-bit words of shared memory for a row
 //   Visibility(params, b, first, last, fault)   of tokens first to last; a warp makes it together
@@ -10,6 +13,17 @@
 //   full(key, count)                    all see all of these
 //   load_word(params, b, token, w)      of a row's shared memory
 //   row(token, words) -> Row            row.sees(key), row.blind(): it sees nothing, also no key that is seen by all
+// What pages hold is another (NumberPages in numbers.h, CodePages in codes.h):
+//   kItem                               bytes of an element, in which strides count
+//   kKeyWarps                           warps that share out the keys of a tile: 1 or 4
+//   kParts                              1: a warp's 16 rows of mma are 16 rows of queries; 2: they are 8, and the same
+//                                       8 rows' second parts: what rounding the first to bf16 has lost
+//   kMinBlocks                          blocks that the registers of a multiprocessor must hold
+//   Stage                               a tile of keys and values in shared memory
+//   copy(stage, first, k, v, k_row, v_row)      starts to copy 16 keys and values; a lane knows the rows of one
+//   Queries, start_queries(), Queries(...)      a warp's rows as operands of mma
+//   scores(x, queries, stage, first, scale)     scaled scores in units of log2, of keys from `first` on
+//   Output                              accumulators: rescale(h, factor), add(x, stage, first), store(row, rows)
 #pragma once
 #include "common/paged/cuda/pages.h"
 
@@ -53,33 +67,54 @@ SIMT_DEVICE float softcap(float x, float limit) {
   return y == y ? limit * (fabsf(y) < 0.625f ? near : far) : y;
 }
 
-template <class T, int D, class Visibility>
+constexpr int kTileThreads = 128, kTileWarps = kTileThreads / kWarp;
+constexpr int kTileKeys = 64, kGathered = kTileKeys / kTileWarps;  // keys of a tile; those that one warp copies
+
+// What a block works on: rows of (token, head of the group), and a range of keys.
+struct PagedTile {
+  int b, kv_head, group, first_row, rows, split;
+  int first_tile, tiles;  // of keys
+
+  SIMT_DEVICE int token(int r) const { return (first_row + r) / group; }
+  SIMT_DEVICE int head(int r) const { return kv_head * group + (first_row + r) % group; }
+  SIMT_DEVICE int64_t offset_of(const TokenStrides& s, int r) const { return offset(s, b, token(r), head(r)); }
+};
+
+template <class T, int D, class Visibility, class Pages>
 struct PagedAttention {
-  static constexpr int kThreads = 128, kMinArch = 800, kRows = 64, kKeys = 64, kChunks = D / 8;  // 16-byte chunks a row
+  static constexpr int kThreads = kTileThreads, kMinArch = 800, kMinBlocks = Pages::kMinBlocks;
+  static constexpr int kKeys = kTileKeys, kKeyWarps = Pages::kKeyWarps;
+  static constexpr int kWarpKeys = kKeys / kKeyWarps, kOwnRows = 2 / Pages::kParts;  // of a warp; of a thread
+  static constexpr int kWarpRows = 8 * kOwnRows, kRows = kTileWarps / kKeyWarps * kWarpRows;
+  static_assert(kKeyWarps == 1 || kKeyWarps == kTileWarps, "a warp reads what all copied, or what itself did");
   using Params = Args<typename Visibility::Params>;
+  using Stage = typename Pages::Stage;
+  using Queries = typename Pages::Queries;
+  using Output = typename Pages::Output;
+  using Scores = float[kWarpKeys / 8][4];
+
+  // What the warps that share out the keys found for each row. The pitch spreads the rows of a warp over the banks.
+  struct Partial {
+    alignas(16) float out[kKeyWarps][kRows][D + 8];
+    float top[kKeyWarps][kRows], sum[kKeyWarps][kRows];
+  };
   struct Smem {
-    alignas(128) T k[2][kKeys * D];
-    alignas(128) T v[2][kKeys * D];  // v[1] holds the queries first, k[0] the outputs last
+    union {
+      Stage stages[2];
+      Partial partial;
+    };
     uint32_t words[kRows][Visibility::kWords ? Visibility::kWords : 1];
   };
-  // What a block works on.
-  struct Tile {
-    int b, kv_head, group, first_row, rows, split;
-    int first_tile, tiles;  // of keys
+  struct Running {
+    float top[kOwnRows], sum[kOwnRows];  // per row: largest score (base 2), this thread's share of the sum of weights
   };
 
-  // Position of 16-byte chunk c of row r; the XOR spreads a column of chunks over the banks.
-  SIMT_DEVICE static int at(int r, int c) { return r * D + ((c ^ (r & 7)) << 3); }
+  SIMT_DEVICE static int warp_row() { return warp_id() / kKeyWarps * kWarpRows; }
+  SIMT_DEVICE static int own_row(int h) { return warp_row() + lane_id() / 4 + h * 8; }
+  SIMT_DEVICE static int warp_key() { return warp_id() % kKeyWarps * kWarpKeys; }
 
-  SIMT_DEVICE static int token_of(const Tile& t, int r) { return (t.first_row + r) / t.group; }
-  SIMT_DEVICE static int head_of(const Tile& t, int r) { return t.kv_head * t.group + (t.first_row + r) % t.group; }
-  SIMT_DEVICE static int64_t offset_of(const TokenStrides& s, const Tile& t, int r) {
-    return offset(s, t.b, token_of(t, r), head_of(t, r));
-  }
-
-  SIMT_DEVICE static Tile find_tile(const Params& a) {
-    const AttentionParams& p = a.p;
-    Tile t;
+  SIMT_DEVICE static PagedTile find_tile(const AttentionParams& p) {
+    PagedTile t;
     t.b = (int)block_idx().z / p.kv_heads;
     t.kv_head = (int)block_idx().z % p.kv_heads;
     t.group = p.q_heads / p.kv_heads;
@@ -90,7 +125,7 @@ struct PagedAttention {
   }
 
   // Shares out the tiles of keys, which start at multiples of kKeys.
-  SIMT_DEVICE static void find_keys(const AttentionParams& p, const Visibility& visible, Tile& t) {
+  SIMT_DEVICE static void find_keys(const AttentionParams& p, const Visibility& visible, PagedTile& t) {
     const int begin = visible.first / kKeys,
               all = visible.end > visible.first ? ceil_div(visible.end, kKeys) - begin : 0;
     const int share = ceil_div(all, p.splits), from = t.split * share;
@@ -98,79 +133,53 @@ struct PagedAttention {
     t.tiles = all - from < share ? all - from : share;
   }
 
-  SIMT_DEVICE static void load_queries(const AttentionParams& p, const Tile& t, T* to) {
-    for (int i = thread_id(); i < kRows * kChunks; i += kThreads) {
-      const int r = i / kChunks, c = i % kChunks;
-      const bool real = r < t.rows;
-      const T* from = static_cast<const T*>(p.q);
-      if (real) from += offset_of(p.q_strides, t, r) + c * 8;
-      cp_async16(to + at(r, c), from, real);
-    }
-  }
-
   // Each warp gathers 16 keys: a lane looks one of them up, and hands its address to the lanes that copy it.
-  SIMT_DEVICE static void load_keys(const Params& a, const Tile& t, const Visibility& visible, int tile, T* k, T* v) {
+  SIMT_DEVICE static void load_keys(const Params& a, const PagedTile& t, const Visibility& visible, int tile,
+                                    Stage& stage) {
     const AttentionParams& p = a.p;
-    const int lane = lane_id(), first = warp_id() * 16, key = tile * kKeys + first + (lane & 15);
+    const int first = warp_id() * kGathered, key = tile * kKeys + first + lane_id() % kGathered;
     const bool wanted = key >= visible.first && key < visible.end;
     const int64_t slot = wanted ? slot_of(p.table, t.b, key, a.fault) : -1;
-    const int64_t k_row = slot < 0 ? -1 : slot_offset(slot, p.table.page_size, p.k_strides);
-    const int64_t v_row = slot < 0 ? -1 : slot_offset(slot, p.table.page_size, p.v_strides);
-    const T* k_head = static_cast<const T*>(p.k_pages) + t.kv_head * p.k_strides.head;
-    const T* v_head = static_cast<const T*>(p.v_pages) + t.kv_head * p.v_strides.head;
-#pragma unroll
-    for (int i = 0; i < 16 * kChunks / kWarp; i++) {
-      const int r = (i * kWarp + lane) / kChunks, c = lane % kChunks;
-      const int64_t k_from = shfl(k_row, r), v_from = shfl(v_row, r);
-      const bool real = k_from >= 0;
-      cp_async16(k + at(first + r, c), k_head + (real ? k_from + c * 8 : 0), real);
-      cp_async16(v + at(first + r, c), v_head + (real ? v_from + c * 8 : 0), real);
-    }
+    const int64_t k_row = slot < 0 ? -1 : slot_offset(slot, p.table.page_size, p.k_strides) * Pages::kItem;
+    const int64_t v_row = slot < 0 ? -1 : slot_offset(slot, p.table.page_size, p.v_strides) * Pages::kItem;
+    const char* k_head = static_cast<const char*>(p.k_pages) + t.kv_head * p.k_strides.head * Pages::kItem;
+    const char* v_head = static_cast<const char*>(p.v_pages) + t.kv_head * p.v_strides.head * Pages::kItem;
+    Pages::copy(stage, first, k_head, v_head, k_row, v_row);
+    cp_async_commit();
   }
 
-  SIMT_DEVICE static void load_words(const Params& a, const Tile& t, Smem& s) {
+  SIMT_DEVICE static void load_words(const Params& a, const PagedTile& t, Smem& s) {
     constexpr int kWords = Visibility::kWords;
     if constexpr (kWords > 0)
       for (int i = thread_id(); i < kRows * kWords; i += kThreads) {
         const int r = i / kWords, w = i % kWords;
-        s.words[r][w] = r < t.rows ? Visibility::load_word(a.p, t.b, token_of(t, r), w) : 0;
+        s.words[r][w] = r < t.rows ? Visibility::load_word(a.p, t.b, t.token(r), w) : 0;
       }
   }
 
-  // S = Q K^T for this warp's 16 rows.
-  SIMT_DEVICE static void scores(float (&x)[kKeys / 8][4], const uint32_t (&q)[D / 16][4], const T* k) {
+  // Those who copy keys for each other.
+  SIMT_DEVICE static void sync_copies() {
+    if constexpr (kKeyWarps == 1)
+      sync_block();
+    else
+      sync_warp();
+  }
+
+  // Hides what a row must not see, and turns scores into weights relative to the row's new maximum.
+  SIMT_DEVICE static void weights(Scores& x, Output& out, Running& run, const PagedTile& t, const Visibility& visible,
+                                  int first_key, float limit, const Smem& s) {
     const int lane = lane_id();
+    const bool masked = !visible.full(first_key, kWarpKeys);
 #pragma unroll
-    for (int kk = 0; kk < D / 16; kk++)
-#pragma unroll
-      for (int n = 0; n < kKeys / 16; n++) {
-        uint32_t b[4];
-        ldmatrix_x4(b, k + at(n * 16 + (lane & 7) + ((lane >> 4) << 3), kk * 2 + ((lane >> 3) & 1)));
-        mma_m16n8k16<T>(x[2 * n], q[kk], b[0], b[1]);
-        mma_m16n8k16<T>(x[2 * n + 1], q[kk], b[2], b[3]);
-      }
-  }
-
-  // Scales, hides what row r must not see, and turns scores into weights relative to the row's new maximum.
-  struct Running {
-    float top[2], sum[2];  // per row: largest score (base 2), this thread's share of the sum of weights
-  };
-  SIMT_DEVICE static void weights(float (&x)[kKeys / 8][4], float (&out)[D / 8][4], Running& run, const Tile& t,
-                                  const Visibility& visible, int tile, const AttentionParams& p, const Smem& s) {
-    const int lane = lane_id(), first_key = tile * kKeys;
-    const float scale = p.scale * kLog2e, limit = p.softcap * kLog2e;
-    const bool masked = !visible.full(first_key, kKeys);
-#pragma unroll
-    for (int h = 0; h < 2; h++) {
-      const int r = warp_id() * 16 + lane / 4 + h * 8;
-      const auto row = visible.row(token_of(t, r), s.words[r]);
+    for (int h = 0; h < kOwnRows; h++) {
+      const int r = own_row(h);
+      const auto row = visible.row(t.token(r), s.words[r]);
       float top = run.top[h];
 #pragma unroll
-      for (int n = 0; n < kKeys / 8; n++)
+      for (int n = 0; n < kWarpKeys / 8; n++)
 #pragma unroll
         for (int e = 0; e < 2; e++) {
           float& score = x[n][2 * h + e];
-          score *= scale;
           if (limit != 0.f) score = softcap(score, limit);
           if (masked && !row.sees(first_key + n * 8 + lane % 4 * 2 + e)) score = -INFINITY;
           top = fmaxf(top, score);
@@ -181,7 +190,7 @@ struct PagedAttention {
       run.top[h] = top;
       float sum = 0.f;
 #pragma unroll
-      for (int n = 0; n < kKeys / 8; n++)
+      for (int n = 0; n < kWarpKeys / 8; n++)
 #pragma unroll
         for (int e = 0; e < 2; e++) {
           float& score = x[n][2 * h + e];
@@ -189,102 +198,115 @@ struct PagedAttention {
           sum += score;
         }
       run.sum[h] = run.sum[h] * shrink + sum;
-#pragma unroll
-      for (int d = 0; d < D / 8; d++) {
-        out[d][2 * h] *= shrink;
-        out[d][2 * h + 1] *= shrink;
-      }
-    }
-  }
-
-  // O += P V
-  SIMT_DEVICE static void add_values(float (&out)[D / 8][4], const float (&x)[kKeys / 8][4], const T* v) {
-    const int lane = lane_id();
-#pragma unroll
-    for (int kk = 0; kk < kKeys / 16; kk++) {
-      const uint32_t a[4] = {pack2<T>(x[2 * kk][0], x[2 * kk][1]), pack2<T>(x[2 * kk][2], x[2 * kk][3]),
-                             pack2<T>(x[2 * kk + 1][0], x[2 * kk + 1][1]),
-                             pack2<T>(x[2 * kk + 1][2], x[2 * kk + 1][3])};
-#pragma unroll
-      for (int d = 0; d < D / 16; d++) {
-        uint32_t b[4];
-        ldmatrix_x4_trans(b, v + at(kk * 16 + (lane & 15), d * 2 + (lane >> 4)));
-        mma_m16n8k16<T>(out[2 * d], a, b[0], b[1]);
-        mma_m16n8k16<T>(out[2 * d + 1], a, b[2], b[3]);
-      }
+      out.rescale(h, shrink);
     }
   }
 
   SIMT_DEVICE static void run(const Params& a, Smem& s) {
     const AttentionParams& p = a.p;
-    Tile t = find_tile(a);
-    const Visibility visible(a.p, t.b, token_of(t, 0), token_of(t, t.rows - 1), a.fault);
+    PagedTile t = find_tile(p);
+    const Visibility visible(a.p, t.b, t.token(0), t.token(t.rows - 1), a.fault);
     find_keys(p, visible, t);
-    float out[D / 8][4] = {};
-    Running running = {{-INFINITY, -INFINITY}, {0.f, 0.f}};
-    const bool active = warp_id() * 16 < t.rows;  // a warp without rows only helps to load
-    load_words(a, t, s);
-    uint32_t q[D / 16][4];
-    if (t.tiles > 0) {
-      load_queries(p, t, s.v[1]);
-      load_keys(a, t, visible, t.first_tile, s.k[0], s.v[0]);
-    }
-    cp_async_commit();
-    cp_async_wait<0>();
-    sync_block();
-    if (t.tiles > 0)
+    Output out;
+    Running running;
 #pragma unroll
-      for (int kk = 0; kk < D / 16; kk++)
-        ldmatrix_x4(q[kk], s.v[1] + at(warp_id() * 16 + (lane_id() & 15), kk * 2 + (lane_id() >> 4)));
-    for (int j = 0; j < t.tiles; j++) {
-      sync_block();  // everyone has read the stage that is filled next
-      if (j + 1 < t.tiles) load_keys(a, t, visible, t.first_tile + j + 1, s.k[(j + 1) & 1], s.v[(j + 1) & 1]);
-      cp_async_commit();
-      cp_async_wait<1>();
-      sync_block();
-      if (!active) continue;
-      float x[kKeys / 8][4] = {};
-      scores(x, q, s.k[j & 1]);
-      weights(x, out, running, t, visible, t.first_tile + j, p, s);
-      add_values(out, x, s.v[j & 1]);
+    for (int h = 0; h < kOwnRows; h++) running.top[h] = -INFINITY, running.sum[h] = 0.f;
+    const bool active = warp_row() < t.rows;  // a warp without rows only helps to load
+    load_words(a, t, s);
+    if (t.tiles > 0) {
+      Pages::template start_queries<kRows>(p, t, s.stages[1]);
+      load_keys(a, t, visible, t.first_tile, s.stages[0]);
+      cp_async_wait<0>();
     }
     sync_block();
-    if (active) write(p, t, visible, out, running, s);
+    if (t.tiles > 0) attend(a, t, visible, active, out, running, s);
+    sync_block();
+    if (active) save(out, running, s.partial);
+    sync_block();
+    store(p, t, visible, s);
   }
 
-  SIMT_DEVICE static void write(const AttentionParams& p, const Tile& t, const Visibility& visible,
-                                float (&out)[D / 8][4], Running& running, Smem& s) {
-    const int lane = lane_id(), first = warp_id() * 16;
-    T* staged = s.k[0];
+  SIMT_DEVICE static void attend(const Params& a, const PagedTile& t, const Visibility& visible, bool active,
+                                 Output& out, Running& running, Smem& s) {
+    const AttentionParams& p = a.p;
+    const float scale = p.scale * kLog2e, limit = p.softcap * kLog2e;
+    const Queries q(p, t, s.stages[1], warp_row());
+    sync_block();  // the queries have been read where keys come to stand
+    for (int j = 0; j < t.tiles; j++) {
+      sync_copies();  // everyone has read the stage that is filled next
+      if (j + 1 < t.tiles)
+        load_keys(a, t, visible, t.first_tile + j + 1, s.stages[(j + 1) & 1]);
+      else
+        cp_async_commit();
+      cp_async_wait<1>();
+      sync_copies();
+      if (!active) continue;
+      const Stage& stage = s.stages[j & 1];
+      Scores x = {};
+      Pages::scores(x, q, stage, warp_key(), scale);
+      weights(x, out, running, t, visible, (t.first_tile + j) * kKeys + warp_key(), limit, s);
+      out.add(x, stage, warp_key());
+    }
+  }
+
+  SIMT_DEVICE static void save(Output& out, const Running& running, Partial& to) {
+    const int by = warp_id() % kKeyWarps;
+    out.store(to.out[by], warp_row());
 #pragma unroll
-    for (int h = 0; h < 2; h++) {
-      const int r = first + lane / 4 + h * 8;
+    for (int h = 0; h < kOwnRows; h++) {
       float sum = running.sum[h];
       sum += shfl_xor(sum, 1);
       sum += shfl_xor(sum, 2);
-      const bool none = visible.row(token_of(t, r), s.words[r]).blind() || sum == 0.f;
-      const float inverse = none ? 0.f : 1.f / sum;
-      const float lse = none ? -INFINITY : (running.top[h] + log2_approx(sum)) * kLn2;
-      const bool real = r < t.rows;
-      const int64_t row = real ? workspace_row(p, t.b, token_of(t, r), head_of(t, r)) : 0;
-      float* to = real && p.splits > 1 ? partial_out(p, t.split, row) : nullptr;
+      if (lane_id() % 4 != 0) continue;
+      to.top[by][own_row(h)] = running.top[h];
+      to.sum[by][own_row(h)] = sum;
+    }
+  }
+
+  // Joins what the warps found; a thread has eight channels of a row at a time.
+  SIMT_DEVICE static void store(const AttentionParams& p, const PagedTile& t, const Visibility& visible,
+                                const Smem& s) {
+    for (int i = thread_id(); i < t.rows * (D / 8); i += kThreads) {
+      const int r = i / (D / 8), c = i % (D / 8);
+      float top = -INFINITY, total = 0.f, x[8] = {};
 #pragma unroll
-      for (int d = 0; d < D / 8; d++) {
-        const float lo = none ? 0.f : out[d][2 * h] * inverse, hi = none ? 0.f : out[d][2 * h + 1] * inverse;
-        if (to) *reinterpret_cast<float2*>(to + d * 8 + lane % 4 * 2) = float2{lo, hi};
-        if (p.splits == 1) store4(staged + at(r, d) + lane % 4 * 2, pack2<T>(lo, hi));
+      for (int w = 0; w < kKeyWarps; w++) top = fmaxf(top, s.partial.top[w][r]);
+      const float base = top == -INFINITY ? 0.f : top;
+#pragma unroll
+      for (int w = 0; w < kKeyWarps; w++) {
+        const float weight = exp2_approx(s.partial.top[w][r] - base);
+        total += weight * s.partial.sum[w][r];
+        add8(x, weight, &s.partial.out[w][r][c * 8]);
       }
-      if (real && lane % 4 == 0)
-        *(p.splits > 1 ? partial_lse(p, t.split, row) : p.lse + offset_of(p.lse_strides, t, r)) = lse;
-    }
-    if (p.splits > 1) return;
-    sync_warp();  // a warp stages and stores its own rows
+      const bool none = visible.row(t.token(r), s.words[r]).blind() || total == 0.f;
+      const float lse = none ? -INFINITY : (base + log2_approx(total)) * kLn2, inverse = 1.f / total;
 #pragma unroll
-    for (int i = 0; i < 16 * kChunks / kWarp; i++) {
-      const int r = first + (i * kWarp + lane) / kChunks, c = lane % kChunks;
-      if (r < t.rows)
-        store16(static_cast<T*>(p.out) + offset_of(p.out_strides, t, r) + c * 8, load16(staged + at(r, c)));
+      for (int e = 0; e < 8; e++) {
+        const float factor = p.v_channels ? inverse * p.v_channels[t.kv_head * D + c * 8 + e] : inverse;
+        x[e] = none ? 0.f : x[e] * factor;
+      }
+      if (p.splits > 1) {
+        const int64_t row = workspace_row(p, t.b, t.token(r), t.head(r));
+        store8_floats(partial_out(p, t.split, row) + c * 8, x);
+        if (c == 0) *partial_lse(p, t.split, row) = lse;
+      } else {
+        const uint4 packed = {pack2<T>(x[0], x[1]), pack2<T>(x[2], x[3]), pack2<T>(x[4], x[5]), pack2<T>(x[6], x[7])};
+        store16(static_cast<T*>(p.out) + t.offset_of(p.out_strides, r) + c * 8, packed);
+        if (c == 0) p.lse[t.offset_of(p.lse_strides, r)] = lse;
+      }
     }
+  }
+  SIMT_DEVICE static void add8(float (&x)[8], float weight, const float* from) {
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      const uint4 four = load16(from + 4 * half);
+      x[4 * half] += weight * bits_f32(four.x), x[4 * half + 1] += weight * bits_f32(four.y);
+      x[4 * half + 2] += weight * bits_f32(four.z), x[4 * half + 3] += weight * bits_f32(four.w);
+    }
+  }
+  SIMT_DEVICE static void store8_floats(float* to, const float (&x)[8]) {
+    store16(to, uint4{f32_bits(x[0]), f32_bits(x[1]), f32_bits(x[2]), f32_bits(x[3])});
+    store16(to + 4, uint4{f32_bits(x[4]), f32_bits(x[5]), f32_bits(x[6]), f32_bits(x[7])});
   }
 };
 

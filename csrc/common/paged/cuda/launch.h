@@ -1,8 +1,10 @@
-// Which kernel attends to float pages, and its launch.
+// Which kernel attends to which pages, and its launch: on tensor cores for 16-bit queries of head dim 64 or 128, a warp
+// per row for the rest.
 #pragma once
 #include <initializer_list>
 
-#include "common/paged/cuda/attention.h"
+#include "common/paged/cuda/codes.h"
+#include "common/paged/cuda/numbers.h"
 #include "common/paged/cuda/rows.h"
 
 namespace tilewise::paged {
@@ -13,19 +15,25 @@ inline bool aligned(const void* p, std::initializer_list<int64_t> strides) {
   return ok;
 }
 
-inline bool tensor_cores_serve(const AttentionParams& p) {
-  const PageStrides &k = p.k_strides, &v = p.v_strides;
+inline bool queries_aligned(const AttentionParams& p) {
   const TokenStrides &q = p.q_strides, &out = p.out_strides;
   return (p.dim == 64 || p.dim == 128) && aligned(p.q, {q.batch, q.token, q.head}) &&
-         aligned(p.out, {out.batch, out.token, out.head}) && aligned(p.k_pages, {k.page, k.slot, k.head}) &&
+         aligned(p.out, {out.batch, out.token, out.head});
+}
+inline bool tensor_cores_serve(const AttentionParams& p) {
+  const PageStrides &k = p.k_strides, &v = p.v_strides;
+  return queries_aligned(p) && aligned(p.k_pages, {k.page, k.slot, k.head}) &&
          aligned(p.v_pages, {v.page, v.slot, v.head});
 }
 
-template <class T, int D, class Visibility>
+inline int tile_rows(const AttentionParams& p) {
+  return p.tokens * (p.q_heads / p.kv_heads);
+}
+
+template <class T, int D, class Visibility, class Pages>
 const char* launch_tiles(const Args<typename Visibility::Params>& a, const Runtime& rt) {
-  using K = PagedAttention<T, D, Visibility>;
-  const int rows = a.p.tokens * (a.p.q_heads / a.p.kv_heads);
-  return launch<K>(dim3(ceil_div(rows, K::kRows), a.p.splits, a.p.batch * a.p.kv_heads), a, rt.stream);
+  using K = PagedAttention<T, D, Visibility, Pages>;
+  return launch<K>(dim3(ceil_div(tile_rows(a.p), K::kRows), a.p.splits, a.p.batch * a.p.kv_heads), a, rt.stream);
 }
 
 template <class T, class Visibility, class Source = FloatSource<T>>
@@ -34,24 +42,41 @@ const char* launch_rows(const Args<typename Visibility::Params>& a, const Runtim
   return launch<K>(dim3(ceil_div(a.p.tokens * a.p.q_heads, K::kWarps), a.p.splits, a.p.batch), a, rt.stream);
 }
 
+// Few rows: the warps share out the keys instead.
+template <class T, int D, class Visibility>
+const char* launch_numbers(const Args<typename Visibility::Params>& a, const Runtime& rt) {
+  constexpr int kFew = 16;
+  return tile_rows(a.p) <= kFew ? launch_tiles<T, D, Visibility, NumberPages<T, D, kTileWarps>>(a, rt)
+                                : launch_tiles<T, D, Visibility, NumberPages<T, D, 1>>(a, rt);
+}
+
+// Pages of float32 or other head dims, and rows that are not aligned, are left to the kernel of rows.
+template <class T, class Visibility>
+const char* attend_numbers(const Args<typename Visibility::Params>& a, const Runtime& rt) {
+  if constexpr (!is_same_v<T, float>)
+    if (tensor_cores_serve(a.p))
+      return a.p.dim == 64 ? launch_numbers<T, 64, Visibility>(a, rt) : launch_numbers<T, 128, Visibility>(a, rt);
+  return launch_rows<T, Visibility>(a, rt);
+}
+
+template <class T, class Visibility, class Source>
+const char* attend_codes(const Args<typename Visibility::Params>& a, const Runtime& rt) {
+  if constexpr (!is_same_v<T, float>) {
+    using Narrow = CodePages<T, 64, Source>;
+    using Wide = CodePages<T, 128, Source>;
+    if (queries_aligned(a.p) && a.p.dim == 64 && Narrow::aligned(a.p))
+      return launch_tiles<T, 64, Visibility, Narrow>(a, rt);
+    if (queries_aligned(a.p) && a.p.dim == 128 && Wide::aligned(a.p))
+      return launch_tiles<T, 128, Visibility, Wide>(a, rt);
+  }
+  return launch_rows<T, Visibility, Source>(a, rt);
+}
+
 template <class T, class Visibility>
 const char* merge(const Args<typename Visibility::Params>& a, const Runtime& rt) {
   using K = MergeSplits<T, Visibility>;
   if (a.p.splits == 1) return nullptr;
   return launch<K>(dim3(ceil_div(a.p.batch * a.p.tokens * a.p.q_heads, K::kWarps)), a, rt.stream);
-}
-
-template <class T, class Visibility>
-const char* attend(const typename Visibility::Params& p, const Runtime& rt) {
-  const Args<typename Visibility::Params> a = {p, rt.fault};
-  const char* why;
-  if constexpr (is_same_v<T, float>)
-    why = launch_rows<T, Visibility>(a, rt);
-  else if (!tensor_cores_serve(p))
-    why = launch_rows<T, Visibility>(a, rt);
-  else
-    why = p.dim == 64 ? launch_tiles<T, 64, Visibility>(a, rt) : launch_tiles<T, 128, Visibility>(a, rt);
-  return why ? why : merge<T, Visibility>(a, rt);
 }
 
 // f(T{}) for the type of the queries. TILEWISE_FEW_INSTANCES keeps one: seeded bugs are compiled often.
@@ -77,7 +102,12 @@ const char* with_codes(Format format, const F& f) {
 
 template <class Visibility>
 const char* attend_float_pages(const typename Visibility::Params& p, const Runtime& rt) {
-  return with_type(p.type, [&](auto type) { return attend<decltype(type), Visibility>(p, rt); });
+  const Args<typename Visibility::Params> a = {p, rt.fault};
+  return with_type(p.type, [&](auto type) {
+    using T = decltype(type);
+    const char* why = attend_numbers<T, Visibility>(a, rt);
+    return why ? why : merge<T, Visibility>(a, rt);
+  });
 }
 
 template <class Visibility>
@@ -85,8 +115,8 @@ const char* attend_code_pages(const typename Visibility::Params& p, const Runtim
   const Args<typename Visibility::Params> a = {p, rt.fault};
   return with_type(p.type, [&](auto type) {
     using T = decltype(type);
-    const auto rows = [&](auto source) { return launch_rows<T, Visibility, decltype(source)>(a, rt); };
-    const char* why = with_codes(p.format, rows);
+    const auto attend = [&](auto source) { return attend_codes<T, Visibility, decltype(source)>(a, rt); };
+    const char* why = with_codes(p.format, attend);
     return why ? why : merge<T, Visibility>(a, rt);
   });
 }

@@ -47,7 +47,7 @@ struct FloatSource {
 
 template <int Bits>
 struct CodeLayout {
-  static constexpr int kItem = 1, kFields = 8 / Bits, kGroup = 16 * kFields, kMask = (1 << Bits) - 1;
+  static constexpr int kItem = 1, kBits = Bits, kFields = 8 / Bits, kGroup = 16 * kFields, kMask = (1 << Bits) - 1;
 
   SIMT_DEVICE static int groups(int dim) { return ceil_div(dim, kGroup); }
   SIMT_DEVICE static int code(const char* row, int d) {
@@ -72,6 +72,7 @@ struct CodeLayout {
 template <int Bits>
 struct CodeSource : CodeLayout<Bits> {
   using Layout = CodeLayout<Bits>;
+  static constexpr bool kScaled = true;
 
   SIMT_DEVICE static float half(const char* row, int dim, int which) {
     const uint8_t* at = reinterpret_cast<const uint8_t*>(row) + Layout::groups(dim) * 16 + 2 * which;
@@ -116,6 +117,8 @@ struct CodeSource : CodeLayout<Bits> {
 };
 
 struct Bfp12Source : CodeLayout<4> {
+  static constexpr bool kScaled = false;
+
   SIMT_DEVICE static float scale(int exponent) { return bits_f32((uint32_t)exponent << 23) * 0.125f; }
   SIMT_DEVICE static float value(const char* row, int d, int dim) {
     const int exponent = (uint8_t)row[groups(dim) * 16 + d / kGroup];
