@@ -6,8 +6,9 @@ import pytest
 import torch
 
 import tilewise as tw
-from attention_cases import DTYPES, Shape, inputs, judge
+from attention_cases import DTYPES, Shape, assert_lse_close, inputs, judge
 from harness.emulation import assert_schedules_agree
+from harness.judge import assert_accurate, draws, yardsticks
 from tilewise.attention.options import pack
 from tilewise.reference import attention as reference
 
@@ -25,6 +26,19 @@ FEW_QUERIES = [
     Shape(4, 24, 1, 2, 130, 64, 64),  # more than a vector
     Shape(1, 4, 1, 12, 5, 64, 64),
 ]
+# The same for the tensor cores, where up to 16 rows, and up to 64, are a tile.
+SHARED_TILES = [
+    (Shape(2, 6, 2, 3, 150, 64, 64), torch.bfloat16),
+    (Shape(1, 8, 1, 5, 130, 64, 64), torch.float16),
+    (Shape(1, 4, 1, 1, 70, 128, 128), torch.float16),
+    (Shape(1, 4, 1, 32, 20, 128, 128), torch.bfloat16),
+]
+SHARED_RULES = {
+    "dense": {},
+    "causal": {"causal": True},
+    "window": {"causal": True, "window": (40, None), "softcap": 3.0},
+    "both-sides": {"window": (9, 5)},
+}
 ODD_DIMS = [
     Shape(1, 2, 1, 33, 65, 40, 24),
     Shape(1, 2, 2, 50, 70, 7, 3),  # no row sees a single key: torch's terms would cancel exactly in three dimensions
@@ -59,6 +73,18 @@ def test_against_reference(device, shape, dtype, causal):
 def test_few_queries(device, shape, dtype, causal):
     """The heads of a group share a tile."""
     check(shape, dtype, device, causal, layout="bshd" if shape.queries == 3 else "bhsd")
+
+
+@pytest.mark.modes
+@pytest.mark.parametrize("options", SHARED_RULES.values(), ids=SHARED_RULES)
+@pytest.mark.parametrize("shape,dtype", SHARED_TILES, ids=str)
+def test_heads_of_a_group_share_a_tile(device, shape, dtype, options):
+    tensors = inputs(shape, dtype, device, "bshd" if shape.queries == 3 else "bhsd")
+    out, lse = tw.attention(*tensors, return_lse=True, **options)
+    plain = lambda q, k, v: reference.attention(q, k, v, **options)  # noqa: E731
+    rulers = yardsticks([lambda *t: plain(*t)[:1]], tensors, draws(8 * lse.numel()))
+    assert_accurate("out", out, *rulers, 2)
+    assert_lse_close(lse, plain(*(t.double() for t in tensors))[1])
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)

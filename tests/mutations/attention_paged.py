@@ -41,6 +41,14 @@ MUTATIONS = [
     Mutation("hidden_row_counts", PAGED_CODES, "zero += x[n][e] == 0.f ? 0.f :", "zero +=", "plain"),
     Mutation("odd_bytes_lost", PAGED_CODES, "word >> (kBits * f + 8)", "word >> (kBits * f)", "plain"),
     Mutation("upper_halves_lost", PAGED_CODES, "upper(column, half) ? 0x7632", "false ? 0x7632", "plain"),
+    Mutation(
+        "packed_heads_swapped",
+        "attention/cuda/paged.cu",
+        "{s.batch, s.row, s.head}; };\n  PagedParams",
+        "{s.batch, s.head, s.row}; };\n  PagedParams",
+        "plain",
+    ),
+    Mutation("packed_window_lost", "attention/cuda/paged.cu", "p.causal ? 0 : p.rules", "p.rules", "plain"),
     Mutation("factors_of_first_group", PAGED_CODES, "exponents[n][1], word / 4)", "exponents[n][1], 0)", "plain"),
 ]
 
@@ -102,10 +110,21 @@ def _check_tiles_of_codes(format, dim=64):
     assert out[:, :, 1].isnan().all()
 
 
+def _check_packed_heads():
+    """Three queries of four heads, without pages."""
+    generator = torch.Generator().manual_seed(5)
+    q, k, v = (torch.randn(2, h, n, 64, generator=generator).bfloat16() for h, n in ((8, 3), (2, 150), (2, 150)))
+    out, lse = tw.attention(q, k, v, causal=True, return_lse=True)
+    expected, expected_lse = reference.attention(q.double(), k.double(), v.double(), causal=True)
+    torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-5, atol=1e-5)
+    assert (out - expected).norm() < 0.02 * expected.norm()
+
+
 def check():
     _check_cache("int4")
     _check_cache("bf16")
     _check_tiles_of_codes("int4")
     _check_tiles_of_codes("bfp12")
+    _check_packed_heads()
     _check_paged(5, window=(300, None), softcap=2.0)
     _check_paged(20, window=(300, None), softcap=2.0)

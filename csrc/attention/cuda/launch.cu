@@ -27,6 +27,7 @@ bool aligned(const void* base, const Strides& s, const Extent& extent, int dim, 
 const char* forward(const ForwardParams& p, const Runtime& rt) {
   const bool tensor_cores = p.type != Type::f32 && rows_aligned(p);
   if (!tensor_cores) return forward_any(p, rt);
+  if (packs_heads(p)) return forward_packed(p, rt);
   return serves_sm90(p) ? forward_sm90(p, rt) : forward_tensor_cores(p, rt);
 }
 

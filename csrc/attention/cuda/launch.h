@@ -16,6 +16,9 @@ bool serves_sm90(const PagedParams&);  // many tokens of every sequence
 const char* forward_sm90(const ForwardParams&, const Runtime&);
 const char* paged_sm90(const PagedParams&, const Runtime&);
 const char* backward_sm90(const BackwardParams&, const Runtime&);
+// The same for few queries of grouped heads: a tile holds all heads that read one key head (paged.cu).
+bool packs_heads(const ForwardParams&);
+const char* forward_packed(const ForwardParams&, const Runtime&);
 // Every type, alignment and head dim, on the fp32 units.
 const char* forward_any(const ForwardParams&, const Runtime&);
 const char* backward_any(const BackwardParams&, const Runtime&);

@@ -139,9 +139,9 @@ struct PagedAttention {
     const AttentionParams& p = a.p;
     const int first = warp_id() * kGathered, key = tile * kKeys + first + lane_id() % kGathered;
     const bool wanted = key >= visible.first && key < visible.end;
-    const int64_t slot = wanted ? slot_of(p.table, t.b, key, a.fault) : -1;
-    const int64_t k_row = slot < 0 ? -1 : slot_offset(slot, p.table.page_size, p.k_strides) * Pages::kItem;
-    const int64_t v_row = slot < 0 ? -1 : slot_offset(slot, p.table.page_size, p.v_strides) * Pages::kItem;
+    const Place place = wanted ? place_of(p.table, t.b, key, a.fault) : Place{-1, 0};
+    const int64_t k_row = place.page < 0 ? -1 : place.offset(p.k_strides) * Pages::kItem;
+    const int64_t v_row = place.page < 0 ? -1 : place.offset(p.v_strides) * Pages::kItem;
     const char* k_head = static_cast<const char*>(p.k_pages) + t.kv_head * p.k_strides.head * Pages::kItem;
     const char* v_head = static_cast<const char*>(p.v_pages) + t.kv_head * p.v_strides.head * Pages::kItem;
     Pages::copy(stage, first, k_head, v_head, k_row, v_row);

@@ -7,27 +7,39 @@ namespace tilewise::paged {
 
 using namespace simt;
 
-// The page of `position`, which the table has; -1 if the pool has no such page.
+// The page of `position`, which the table has; -1 if the pool has no such page. Without pages, sequence b is page b.
 SIMT_DEVICE int page_of(const BlockTable& table, int b, int position, uint32_t* fault) {
+  if (!table.pages) return b;
   const int page = table.pages[b * table.row_stride + position / table.page_size];
   if (page >= 0 && page < table.pool) return page;
   *fault = kBadBlockTable;
   return -1;
 }
 
-// The row of `position` in the page pool, counted in slots; -1 if there is none.
-SIMT_DEVICE int64_t slot_of(const BlockTable& table, int b, int64_t position, uint32_t* fault) {
+// Where `position` stands; page -1 if there is no such place.
+struct Place {
+  int page, slot;
+
+  SIMT_DEVICE int64_t offset(const PageStrides& s) const { return page * s.page + slot * s.slot; }
+};
+SIMT_DEVICE Place place_of(const BlockTable& table, int b, int64_t position, uint32_t* fault) {
   if (position < 0 || position >= (int64_t)table.pages_per_row * table.page_size) {
     *fault = kBadSeqLen;
-    return -1;
+    return {-1, 0};
   }
-  const int page = page_of(table, b, (int)position, fault);
-  return page < 0 ? -1 : (int64_t)page * table.page_size + (int)position % table.page_size;
+  return {page_of(table, b, (int)position, fault), (int)position % table.page_size};
 }
 
-// The length of a sequence, brought into [0, capacity].
+// The row of `position` in the page pool, counted in slots; -1 if there is none.
+SIMT_DEVICE int64_t slot_of(const BlockTable& table, int b, int64_t position, uint32_t* fault) {
+  const Place place = place_of(table, b, position, fault);
+  return place.page < 0 ? -1 : (int64_t)place.page * table.page_size + place.slot;
+}
+
+// The length of a sequence, brought into [0, capacity]; null: all are full.
 SIMT_DEVICE int length_of(const BlockTable& table, const int32_t* seq_lens, int b, uint32_t* fault) {
   const int64_t capacity = (int64_t)table.pages_per_row * table.page_size;
+  if (!seq_lens) return (int)capacity;
   const int length = seq_lens[b];
   if (length >= 0 && length <= capacity) return length;
   *fault = kBadSeqLen;
