@@ -5,6 +5,7 @@ import torch
 import tilewise as tw
 from harness.emulation import architecture
 from harness.mutations import Mutation
+from mutations import _ring
 from tilewise.reference import attention as reference
 
 FAMILY = "attention"
@@ -17,19 +18,14 @@ ADJUSTED = "      if (masked) mask.template adjust_queries"
 KEYS_DONE = "    bar_sync(Base::kGroup + c.index, 128);  // every warp of the group has done with the keys and values\n"
 
 MUTATIONS = [
-    Mutation("stage_not_awaited", HOPPER, "    if (ring.reused()) mbar_wait(", "    if (false) mbar_wait(", "race"),
-    Mutation("stage_not_released", HOPPER, "(lane_id() == 0) mbar_arrive(", "(false) mbar_arrive(", "plain"),
+    *_ring.MUTATIONS,
     Mutation("other_stage_released", HOPPER, "(c.ring.used - 1) % Stages", "c.ring.used % Stages", "race"),
     Mutation("released_early", HOPPER, WAITED, RELEASED_EARLY, "race"),
-    Mutation("wrong_phase", HOPPER, "&s.full[stage], c.ring.phase())", "&s.full[stage], c.ring.phase() ^ 1)", "plain"),
-    Mutation("phase_never_turns", HOPPER, "&s.full[stage], c.ring.phase())", "&s.full[stage], 0)", "race"),
     Mutation("wrong_stage", HOPPER, "static_cast<uint32_t>(stage) * (2", "static_cast<uint32_t>(0) * (2", "plain"),
     Mutation("bytes_miscounted", HOPPER, "&s.full[stage], 2 * kTileBytes)", "&s.full[stage], kTileBytes)", "plain"),
     Mutation("scores_not_awaited", HOPPER, WAITED, "    auto& p =", "plain"),
     Mutation("dp_not_awaited", HOPPER, "    wgmma_wait<0>(dp);\n    mask.drop_keys", "    mask.drop_keys", "plain"),
     Mutation("sum_not_awaited", HOPPER, "      wgmma_wait<0>(dq);\n", "", "plain"),
-    Mutation("cleared_rows_not_fenced", HOPPER, "    fence_proxy_async();  // wgmma", "    // wgmma", "race"),
-    Mutation("cleared_by_one_group", HOPPER, "    bar_sync(kConsumers, 2 * 128);\n", "", "race"),
     Mutation("foreign_rows", HOPPER, "    if (valid < Rows) clear_rows", "    if (false) clear_rows", "plain"),
     Mutation("statistics_unordered", HOPPER, "      sync_warp();  // the leader", "      // the leader", "race"),
     Mutation("keys_overwritten", HOPPER, KEYS_DONE, "", "race"),

@@ -33,7 +33,7 @@ MUTATIONS = [
     Mutation("tile_channels_lost", PAGED_TILES, "p.v_channels ? inverse *", "false ? inverse *", "plain"),
     Mutation("warps_joined_unweighted", PAGED_TILES, "weight = exp2_approx(", "weight = 1 + 0 * exp2_approx(", "plain"),
     Mutation("queries_overwritten", PAGED_TILES, "    sync_block();  // the queries have", "    // the", "race"),
-    Mutation("copies_unordered", PAGED_TILES, "      sync_warp();\n", "", "race"),
+    Mutation("copies_unordered", PAGED_TILES, "      sync_warp();\n", "      ;\n", "race"),
     Mutation("joined_early", PAGED_TILES, "    sync_block();\n    store(p,", "    store(p,", "race"),
     Mutation("query_rounded", PAGED_CODES, "(x[n][e] + x[n][e + 2]) * q.unit", "x[n][e] * q.unit", "plain"),
     Mutation("query_unit_lost", PAGED_CODES, "+ of_group[e + 2]) * q.unit", "+ of_group[e + 2])", "plain"),

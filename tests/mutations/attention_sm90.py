@@ -5,6 +5,7 @@ import torch
 import tilewise as tw
 from harness.emulation import architecture
 from harness.mutations import Mutation
+from mutations import _ring
 from tilewise.reference import attention as reference
 
 FAMILY = "attention"
@@ -15,7 +16,7 @@ SCORES_RELEASED_EARLY = "    release(k_empty);\n    wgmma_wait<1>(scores);"
 WEIGHTS_EARLY = "    to_weights(weights, scores);\n    wgmma_wait<0>(out);\n    if (c.adding)"
 
 MUTATIONS = [
-    Mutation("stage_not_awaited", HOPPER, "    if (ring.reused()) mbar_wait(", "    if (false) mbar_wait(", "race"),
+    *_ring.MUTATIONS,
     Mutation("queries_reused_early", HOPPER, "if (queries > 0) mbar_wait(", "if (false) mbar_wait(", "race"),
     Mutation("output_not_fenced", HOPPER, STAGED, STAGED.replace("fence_proxy_async();", ""), "race"),
     Mutation("store_not_awaited", HOPPER, "      bulk_wait_read<0>();\n", "", "race"),
@@ -23,7 +24,7 @@ MUTATIONS = [
     Mutation("scores_not_awaited", HOPPER, "    wgmma_wait<1>(scores);\n", "", "plain"),
     Mutation("keys_released_early", HOPPER, SCORES_ARRIVED, SCORES_RELEASED_EARLY, "race"),
     Mutation("values_stepped_wrong", HOPPER, "(v, i * 2048)", "(v, i * 1024)", "plain"),
-    Mutation("foreign_values", HOPPER, "      clear_rows(", "      if (false) clear_rows(", "plain"),
+    Mutation("foreign_values", HOPPER, "      clear_rows<", "      if (false) clear_rows<", "plain"),
     Mutation("bytes_miscounted", HOPPER, "Rows * D * sizeof(T));\n#pragma", "Rows * D);\n#pragma", "plain"),
     Mutation("nobody_begins", HOPPER, "if (c.group == 1) bar_arrive(kTurn", "if (false) bar_arrive(kTurn", "plain"),
     Mutation("not_rescaled", HOPPER, "    if (c.outgrown) {", "    if (false) {", "plain"),

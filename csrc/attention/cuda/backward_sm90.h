@@ -14,6 +14,7 @@
 // products.
 #pragma once
 #include "attention/cuda/gradient.h"
+#include "attention/cuda/ring.h"
 #include "attention/cuda/tile.h"
 
 namespace tilewise::attention {
@@ -56,13 +57,7 @@ struct BackwardSm90 {
     return reinterpret_cast<Fragment<Columns>&>(scores[4 * j]);
   }
 
-  // Where in the ring of stages a role is.
-  struct Ring {
-    int used = 0;
-    SIMT_DEVICE int stage() const { return used % Stages; }
-    SIMT_DEVICE uint32_t phase() const { return static_cast<uint32_t>(used / Stages) & 1; }
-    SIMT_DEVICE bool reused() const { return used >= Stages; }
-  };
+  using Ring = attention::Ring<Stages>;
 
   // ---- producer: one warp, whose `leader` issues the copies ----
   template <int BoxRows>
@@ -79,9 +74,6 @@ struct BackwardSm90 {
       load<kGroupRows>(s.owned[0][g], first, &s.owned_full, row + g * kGroupRows, head, batch);
       load<kGroupRows>(s.owned[1][g], second, &s.owned_full, row + g * kGroupRows, head, batch);
     }
-  }
-  SIMT_DEVICE static void await_stage(Smem& s, const Ring& ring) {
-    if (ring.reused()) mbar_wait(&s.empty[ring.stage()], ring.phase() ^ 1);
   }
   SIMT_DEVICE static void load_tiles(bool leader, Smem& s, Ring& ring, const TensorMap& first, const TensorMap& second,
                                      int64_t row, int head, int batch) {
@@ -136,25 +128,14 @@ struct BackwardSm90 {
   // zeros from the other factor would not keep out: 0 * NaN is NaN.
   SIMT_DEVICE static uint64_t await_tiles(Smem& s, const Group& c, int valid) {
     const int stage = c.ring.stage();
-    mbar_wait(&s.full[stage], c.ring.phase());
-    if (valid < Rows) clear_rows(s.tiles[stage], valid);
+    c.ring.await_full(s.full);
+    if (valid < Rows) clear_rows<Rows, D, 2>(s.tiles[stage][0], valid, kConsumers);
     return wgmma_desc_advance(c.tiles, static_cast<uint32_t>(stage) * (2 * kTileBytes));
   }
-  // Both groups together. Rows are 128 bytes of an atom, so the swizzle does not matter.
-  SIMT_DEVICE static void clear_rows(T (&tiles)[2][Rows * D], int first) {
-    constexpr int kChunks = D / 8;
-    for (int i = thread_id() - 128; i < 2 * (Rows - first) * kChunks; i += 2 * 128) {
-      const int row = first + i / 2 / kChunks, chunk = i / 2 % kChunks;
-      store16(tiles[i % 2] + chunk / 8 * (Rows * 64) + row * 64 + chunk % 8 * 8, uint4{0, 0, 0, 0});
-    }
-    fence_proxy_async();  // wgmma reads through the async proxy
-    bar_sync(kConsumers, 2 * 128);
-  }
-  // The stage of the tiles before the current ones is free. One arrival per warp: each has waited for its own products.
+  // The stage of the tiles before the current ones is free.
   SIMT_DEVICE static void release_before(Smem& s, const Group& c) {
     if (c.ring.used == 0) return;
-    sync_warp();
-    if (lane_id() == 0) mbar_arrive(&s.empty[(c.ring.used - 1) % Stages]);
+    release(&s.empty[(c.ring.used - 1) % Stages]);
   }
 
   // Writes a warp's 16 rows of a gradient, [0, valid) of them, by way of what the group owned.
@@ -167,23 +148,11 @@ struct BackwardSm90 {
 
   SIMT_DEVICE static void init_barriers(Smem& s) {
     mbar_init(&s.owned_full, 1);
-    for (int i = 0; i < Stages; i++) {
-      mbar_init(&s.full[i], 1);
-      mbar_init(&s.empty[i], 8);  // the warps of both groups
-    }
-    fence_mbar_init();
+    Ring::init(s.full, s.empty);
   }
   template <class Kernel>
-  SIMT_DEVICE static void run_roles(const Params& a, Smem& s) {
-    if (thread_id() == 0) init_barriers(s);
-    sync_block();
-    if (warp_id() < 4) {
-      reg_dealloc<kProducerRegisters>();
-      if (warp_id() == 0) Kernel::produce(a, s);
-    } else {
-      reg_alloc<kConsumerRegisters>();
-      Kernel::consume(a, s);
-    }
+  SIMT_DEVICE static void run(const Params& a, Smem& s) {
+    run_roles<Kernel, kProducerRegisters, kConsumerRegisters>(a, s);
   }
 };
 
@@ -222,7 +191,7 @@ struct BackwardQueriesSm90 : BackwardSm90<T, D, Keys, Stages> {
     int tile = next_tile(mask, w, -1, end);
     if (tile < end) Base::load_owned(leader, s, a.q, a.dout, w.seq.q_row + w.first, w.head, w.seq.batch);
     for (Ring ring; tile < end; tile = next_tile(mask, w, tile, end)) {
-      Base::await_stage(s, ring);
+      ring.await_empty(s.empty);
       Base::load_tiles(leader, s, ring, a.k, a.v, w.seq.k_row + tile * Keys, kv_head, w.seq.batch);
     }
   }
@@ -286,7 +255,7 @@ struct BackwardQueriesSm90 : BackwardSm90<T, D, Keys, Stages> {
     Base::store(s, c, 0, dq, p.scale, to, b.dq_strides.row, w.seq.q_len - query, p.dim);
   }
 
-  SIMT_DEVICE static void run(const Params& a, Smem& s) { Base::template run_roles<BackwardQueriesSm90>(a, s); }
+  SIMT_DEVICE static void run(const Params& a, Smem& s) { Base::template run<BackwardQueriesSm90>(a, s); }
 };
 
 // dk and dv of one tile of keys. Rows of the accumulators are keys, columns of the scores are queries.
@@ -336,7 +305,7 @@ struct BackwardKeysSm90 : BackwardSm90<T, D, Queries, Stages> {
 #pragma unroll
       for (int i = 0; i < Queries / kWarp; i++)
         stats[i] = query_stats(b, of_head, at.first + i * kWarp + lane_id(), w.seq.q_len);
-      Base::await_stage(s, ring);
+      ring.await_empty(s.empty);
 #pragma unroll
       for (int i = 0; i < Queries / kWarp; i++) {
         s.base[ring.stage()][i * kWarp + lane_id()] = stats[i].base;
@@ -465,7 +434,7 @@ struct BackwardKeysSm90 : BackwardSm90<T, D, Queries, Stages> {
     }
   }
 
-  SIMT_DEVICE static void run(const Params& a, Smem& s) { Base::template run_roles<BackwardKeysSm90>(a, s); }
+  SIMT_DEVICE static void run(const Params& a, Smem& s) { Base::template run<BackwardKeysSm90>(a, s); }
 };
 
 }  // namespace tilewise::attention

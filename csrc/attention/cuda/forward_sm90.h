@@ -8,6 +8,7 @@
 #pragma once
 #include "attention/cuda/general.h"
 #include "attention/cuda/mask.h"
+#include "attention/cuda/ring.h"
 #include "common/paged/cuda/pages.h"
 
 namespace tilewise::attention {
@@ -58,13 +59,7 @@ struct ForwardSm90 {
   using Output = float[D / 2];
   using Weights = uint32_t[kKeys / 16][4];  // scores as A operand
 
-  // How many tiles a ring of stages has seen.
-  struct Ring {
-    int used = 0;
-    SIMT_DEVICE int stage() const { return used % kStages; }
-    SIMT_DEVICE uint32_t phase() const { return static_cast<uint32_t>(used / kStages) & 1; }
-    SIMT_DEVICE bool reused() const { return used >= kStages; }
-  };
+  using Stages = Ring<kStages>;
 
   SIMT_DEVICE static Work work_at(const Params& a, int index) {
     const ForwardParams& p = a.p;
@@ -113,9 +108,9 @@ struct ForwardSm90 {
     return row < kKeys && key + row < w.seq.k_len ? paged::page_of(a.table, w.sequence, key + row, a.fault) : -1;
   }
   SIMT_DEVICE static void load_keys(bool leader, const Params& a, T* to, const TensorMap& map, uint64_t* full,
-                                    uint64_t* empty, Ring& ring, const Work& w, int tile, int kv_head) {
+                                    uint64_t* empty, Stages& ring, const Work& w, int tile, int kv_head) {
     const int stage = ring.stage(), page = a.seq_lens ? own_page(a, w, tile * kKeys) : 0;
-    if (ring.reused()) mbar_wait(&empty[stage], ring.phase() ^ 1);
+    ring.await_empty(empty);
     if (a.seq_lens)
       load_pages(leader, to + stage * kKeys * D, map, &full[stage], a, tile * kKeys, kv_head, page);
     else
@@ -127,7 +122,7 @@ struct ForwardSm90 {
   SIMT_DEVICE static void produce(const Params& a, Smem& s) {
     const ForwardParams& p = a.p;
     const bool leader = elect_one();
-    Ring keys, values;
+    Stages keys, values;
     int queries = 0;  // tiles loaded
     for (int index = static_cast<int>(block_idx().x); index < work_count(a); index += static_cast<int>(grid_dim().x)) {
       const Work w = work_at(a, index);
@@ -156,7 +151,7 @@ struct ForwardSm90 {
   struct State {
     uint64_t q, k, v;  // descriptors; of stage 0
     int group;
-    Ring keys, values;
+    Stages keys, values;
     bool adding;                          // P V of the tile before is in flight
     bool outgrown;                        // some row's maximum moved: the output is to be rescaled
     float max[2], sum[2], correction[2];  // max in units of log2
@@ -226,14 +221,9 @@ struct ForwardSm90 {
     c.outgrown = warp_any(outgrown);
   }
 
-  SIMT_DEVICE static uint64_t wait_for(uint64_t* full, const Ring& ring, uint64_t first_stage) {
-    mbar_wait(&full[ring.stage()], ring.phase());
+  SIMT_DEVICE static uint64_t wait_for(uint64_t* full, const Stages& ring, uint64_t first_stage) {
+    ring.await_full(full);
     return wgmma_desc_advance(first_stage, static_cast<uint32_t>(ring.stage()) * kKeyBytes);
-  }
-  // One arrival per warp: each has waited for its own products.
-  SIMT_DEVICE static void release(uint64_t* empty) {
-    sync_warp();
-    if (lane_id() == 0) mbar_arrive(empty);
   }
 
   // Ends the P V in flight, and makes weights of the newest scores.
@@ -280,18 +270,6 @@ struct ForwardSm90 {
     weigh<Masked>(mask, c, query, key, scale_log2, scores);
   }
 
-  // Rows [first, kKeys) of the values are another sequence's, or stale: their weights are zero, but 0 * NaN is NaN.
-  // Both groups together; rows are 128 bytes of an atom, so the swizzle does not matter.
-  SIMT_DEVICE static void clear_rows(T* values, int first) {
-    constexpr int kChunks = D / 8;
-    for (int i = thread_id() - 128; i < (kKeys - first) * kChunks; i += 2 * 128) {
-      const int row = first + i / kChunks, chunk = i % kChunks;
-      store16(values + chunk / 8 * (kKeys * 64) + row * 64 + chunk % 8 * 8, uint4{0, 0, 0, 0});
-    }
-    fence_proxy_async();  // wgmma reads through the async proxy
-    bar_sync(kConsumers, 2 * 128);
-  }
-
   SIMT_DEVICE static void attend(const Params& a, Smem& s, const Mask& mask, const Work& w, int tile, State& c,
                                  Output& out) {
     const float scale_log2 = mask.softmax_scale(a.p.scale) * kLog2e;
@@ -311,7 +289,8 @@ struct ForwardSm90 {
     const bool foreign = a.p.cu_seqlens_k || a.seq_lens;  // TMA leaves zeros past the end of the tensor only
     if (foreign && (tile + 1) * kKeys > w.seq.k_len) {
       wait_for(s.v_full, c.values, c.v);
-      clear_rows(s.v[c.values.stage()], w.seq.k_len - tile * kKeys);
+      // Rows of another sequence, or stale: their weights are zero, but 0 * NaN is NaN.
+      clear_rows<kKeys, D, 1>(s.v[c.values.stage()], w.seq.k_len - tile * kKeys, kConsumers);
     }
     tile = next_tile(mask, w, tile);
     if constexpr (Mask::kLongestTileLast) {
@@ -457,25 +436,12 @@ struct ForwardSm90 {
       mbar_init(&s.q_full[i], 1);
       mbar_init(&s.q_empty[i], 4);  // the warps of a group
     }
-    for (int i = 0; i < kStages; i++) {
-      mbar_init(&s.k_full[i], 1);
-      mbar_init(&s.v_full[i], 1);
-      mbar_init(&s.k_empty[i], 8);  // the warps of both groups
-      mbar_init(&s.v_empty[i], 8);
-    }
-    fence_mbar_init();
+    Stages::init(s.k_full, s.k_empty);
+    Stages::init(s.v_full, s.v_empty);
   }
 
   SIMT_DEVICE static void run(const Params& a, Smem& s) {
-    if (thread_id() == 0) init_barriers(s);
-    sync_block();
-    if (warp_id() < 4) {
-      reg_dealloc<kProducerRegisters>();
-      if (warp_id() == 0) produce(a, s);
-    } else {
-      reg_alloc<kConsumerRegisters>();
-      consume(a, s);
-    }
+    run_roles<ForwardSm90, kProducerRegisters, kConsumerRegisters>(a, s);
   }
 };
 
