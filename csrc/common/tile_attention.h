@@ -80,12 +80,13 @@ class TileAttention {
  public:
   static constexpr int P = kParts<T>;
 
-  // `rows` in all, in tiles of 32; blocks of keys that divide, or are divided by, `key_step` if possible.
-  TileAttention(int dim, int v_dim, float scale_log2, int rows, int key_step = kTileDepth)
+  // `rows` in all, in tiles of 32; blocks of keys that divide, or are divided by, `key_step` if possible, of `keys`
+  // keys or (0) as fit the L1 cache.
+  TileAttention(int dim, int v_dim, float scale_log2, int rows, int key_step = kTileDepth, int keys = 0)
       : dim_(dim),
         v_dim_(v_dim),
         scale_(set1(scale_log2)),
-        keys_(in_step(block_keys(dim, v_dim, rows), key_step)),
+        keys_(in_step(keys ? keys : block_keys(dim, v_dim, rows), key_step)),
         q_{static_cast<int>(ceil_div(dim, kTileDepth))},
         v_{keys_ / kTileDepth} {}
 
@@ -214,6 +215,7 @@ class TileAttention {
   void weigh(AttentionRows& tile, const float* scores, const Plan& plan, int t, const Visible& visible) {
     const int end = padded(plan.keys(t));
     for (int i = 0; i < plan.rows(t); i++, scores += keys_) {
+      plan.meanwhile();
       if (!tile.started) set_reference(tile, i, scores, visible);
       if (!weigh_row(tile, i, scores, end, visible, kReferenceSlack)) {
         raise_reference(tile, i, scores, end, visible);

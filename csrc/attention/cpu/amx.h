@@ -23,6 +23,7 @@ struct BlockPlan {
   int keys(int t) const {
     return static_cast<int>(min_of<int64_t>(count, first + (t * kTileQueries + rows(t) - 1) / heads));
   }
+  void meanwhile() const {}
   template <class F>
   void see(int t, const F& f) const {
     if (first + t * kTileQueries / heads >= count && count % kTileDepth == 0)
@@ -52,6 +53,7 @@ struct RuledPlan {
 
   int rows(int t) const { return min_of(kTileQueries, queries - t * kTileQueries); }
   int keys(int t) const { return sights[t] == Sight::none ? 0 : count; }
+  void meanwhile() const {}
   template <class F>
   void see(int t, const F& f) const {
     const bool masked = sights[t] != Sight::all || rules.adds() || count % kTileDepth != 0;

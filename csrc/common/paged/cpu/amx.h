@@ -1,5 +1,7 @@
-// Paged attention on AMX tiles: a task's rows in tiles of 32, each block of keys packed once for all of them.
+// Paged attention on AMX tiles: a task's rows in tiles of 32, each block of keys packed once for all of them. Where key
+// heads have few rows, a task takes a team of them, block by block, so that pages are read as they lie in memory.
 #pragma once
+#include "common/paged/cpu/ahead.h"
 #include "common/paged/cpu/attention.h"
 #include "common/paged/cpu/team.h"
 #include "common/tile_attention.h"
@@ -8,6 +10,9 @@ namespace tilewise::paged {
 namespace {
 
 constexpr int kMatrixRows = 2 * kTileRows, kMatrixTiles = kTaskRows / kMatrixRows;
+// Queries and results of a team of heads stay in the L2 cache. More rows than these are bound by the products: their
+// blocks are as large as can be, since results pass through the L1 cache once a block.
+constexpr int kTeamRows = 64, kTeamSize = 8;
 
 // Row i of a tile sees the keys of the block that its bits name.
 struct SeesBits {
@@ -25,29 +30,34 @@ struct MatrixTask {
   const Task<Visibility>& task;
   TileAttention<T> attention;
   int tiles;
-  AttentionRows rows[kMatrixTiles];
+  AttentionRows rows[kTeamSize][kMatrixTiles];
 
   MatrixTask(const Task<Visibility>& task)
       : task(task),
-        attention(task.p.dim, task.p.dim, task.p.scale * kLog2e, task.rows),
+        attention(task.p.dim, task.p.dim, task.p.scale * kLog2e, task.rows, kTileDepth, many() ? kMaxBlockKeys : 0),
         tiles(static_cast<int>(ceil_div(task.rows, kMatrixRows))) {}
 
+  bool many() const { return task.rows > kTeamRows; }
+  int64_t head_bytes(const PageStrides& strides) const { return strides.head * int64_t(sizeof(T)); }
   int tile_rows(int t) const { return min_of(kMatrixRows, task.rows - t * kMatrixRows); }
 
   bool start(const Runtime& rt) {
     const int64_t q_size = attention.query_size(kMatrixRows), state = kMatrixRows * (attention.columns() + W + 1);
-    char* memory =
-        scratch<char>(rt, 2, attention.bytes(tiles) + tiles * (q_size * sizeof(Packed) + state * sizeof(float)));
+    const int64_t room = attention.bytes(tiles), all = task.heads * tiles;
+    char* memory = scratch<char>(rt, 2, room + all * (q_size * sizeof(Packed) + state * sizeof(float)));
     if (!memory) return false;
     attention.use(memory);
-    Packed* q = reinterpret_cast<Packed*>(memory + attention.bytes(tiles));
-    float* at = reinterpret_cast<float*>(q + tiles * q_size);
-    for (int64_t i = 0; i < tiles * state; i++) at[i] = 0;
-    for (int t = 0; t < tiles; t++, q += q_size, at += state) {
-      float* sums = at + kMatrixRows * attention.columns();
-      rows[t] = {q, at, sums, sums + kMatrixRows * W, false};
-      attention.pack_queries(
-          q, [&](int i) { return task.template query<T>(t * kMatrixRows + i); }, tile_rows(t), kMatrixRows);
+    Packed* q = reinterpret_cast<Packed*>(memory + room);
+    float* at = reinterpret_cast<float*>(q + all * q_size);
+    for (int64_t i = 0; i < all * state; i++) at[i] = 0;
+    for (int h = 0; h < task.heads; h++) {
+      const Task<Visibility> own = task.of_head(h);
+      for (int t = 0; t < tiles; t++, q += q_size, at += state) {
+        float* sums = at + kMatrixRows * attention.columns();
+        rows[h][t] = {q, at, sums, sums + kMatrixRows * W, false};
+        attention.pack_queries(
+            q, [&](int i) { return own.template query<T>(t * kMatrixRows + i); }, tile_rows(t), kMatrixRows);
+      }
     }
     return true;
   }
@@ -57,9 +67,12 @@ struct MatrixTask {
     const MatrixTask& work;
     int64_t first;
     int count;
+    Ahead& ahead;
+    int lines;
 
     int rows(int t) const { return work.tile_rows(t); }
     int keys(int) const { return count; }
+    TILEWISE_INLINE void meanwhile() const { ahead.go_on(lines); }
     template <class F>
     void see(int t, const F& f) const {
       const Task<Visibility>& task = work.task;
@@ -78,49 +91,61 @@ struct MatrixTask {
     const FloatRows<T> source(task.p.dim);
     KeyRows blocks[2];
     blocks[0].find(task, keys.first, keys.block_end(keys.first, block), source);
-    for (int j = 0; j < blocks[0].count; j++) blocks[0].prefetch(j);
     for (int turn = 0; blocks[turn].count; turn ^= 1) {
       const KeyRows& now = blocks[turn];
       KeyRows& next = blocks[turn ^ 1];
       const int64_t end = now.first + now.count;
       next.find(task, end, keys.block_end(end, block), source);
-      auto rows_of = [&](const char* const* at, const char* const* ahead) {
-        return [=, &next](int i) {
-          if (i < next.count) KeyRows::prefetch_row(ahead[i], next.row_bytes);
-          return reinterpret_cast<const T*>(at[i]);
+      Ahead ahead(next, head_bytes(task.p.k_strides), head_bytes(task.p.v_strides), task.heads);
+      const int lines = many() ? 0 : ahead.share(int64_t(task.heads) * (task.rows + 2 * now.count));
+      for (int h = 0; h < task.heads; h++) {
+        const auto rows_of = [&](const char* const* at, const PageStrides& strides) {
+          return [&ahead, lines, at, offset = h * head_bytes(strides)](int i) {
+            ahead.go_on(lines);
+            return reinterpret_cast<const T*>(at[i] + offset);
+          };
         };
-      };
-      attention.add_block(rows, tiles, rows_of(now.k, next.k), rows_of(now.v, next.v), now.count,
-                          Plan{*this, now.first, now.count});
+        attention.add_block(rows[h], tiles, rows_of(now.k, task.p.k_strides), rows_of(now.v, task.p.v_strides),
+                            now.count, Plan{*this, now.first, now.count, ahead, lines});
+      }
     }
   }
 
-  bool finite() const {
+  bool finite(int h) const {
     for (int t = 0; t < tiles; t++)
-      if (!attention.finite(rows[t], tile_rows(t))) return false;
+      if (!attention.finite(rows[h][t], tile_rows(t))) return false;
     return true;
   }
 
-  void write() const {
+  void write(int h, const Task<Visibility>& own) const {
     float row[kMaxHeadDim + W];
     for (int r = 0; r < task.rows; r++) {
-      const AttentionRows& tile = rows[r / kMatrixRows];
+      const AttentionRows& tile = rows[h][r / kMatrixRows];
       const int i = r % kMatrixRows;
       attention.read_row(tile, i, [&](int d, VF value) { store(row + d, value); });
-      task.write(r, row, tile.reference[i], reduce_add(load(tile.sums + i * W)));
+      own.write(r, row, tile.reference[i], reduce_add(load(tile.sums + i * W)));
     }
   }
 };
 
+// By head: on vectors what is too small for tiles, what they do not serve, and where parts of infinite inputs may have
+// become NaN.
 template <class T, class Visibility>
 bool attend_on_tiles(const Task<Visibility>& task, const Runtime& rt) {
   const bool few = task.rows <= kFewRows && FloatRows<T>(task.p.dim).serves_few();
-  if (few || task.p.softcap != 0) return attend_rows<FloatRows<T>>(task, rt);
-  MatrixTask<T, Visibility> work(task);
-  if (!work.start(rt)) return false;
-  work.run();
-  if (!work.finite()) return attend_rows<FloatRows<T>>(task, rt);
-  work.write();
+  uint32_t left = (1u << task.heads) - 1;
+  if (!few && task.p.softcap == 0) {
+    MatrixTask<T, Visibility> work(task);
+    if (!work.start(rt)) return false;
+    work.run();
+    for (int h = 0; h < task.heads; h++) {
+      if (!work.finite(h)) continue;
+      work.write(h, task.of_head(h));
+      left &= ~(1u << h);
+    }
+  }
+  for (int h = 0; h < task.heads; h++)
+    if (left >> h & 1 && !attend_rows<FloatRows<T>>(task.of_head(h), rt)) return false;
   return true;
 }
 
@@ -129,8 +154,11 @@ const char* attend_float_pages_on_tiles(const typename Visibility::Params& p, co
   if (p.type == Type::bf16 && fits_team(p)) return attend_teams<FloatRows<Bf16>, Visibility>(p, rt);
   return with_type(p.type, [&](auto type) {
     using T = decltype(type);
-    return run_tasks<Visibility>(
-        p, rt, {}, [](const Task<Visibility>& task, const Runtime& rt) { return attend_on_tiles<T>(task, rt); });
+    const int rows = p.tokens * (p.q_heads / p.kv_heads);
+    const bool team = rows > kFewRows && rows <= kTeamRows && p.softcap == 0;
+    return run_tasks<Visibility>(p, rt, {team ? kTeamSize : 1}, [](const Task<Visibility>& task, const Runtime& rt) {
+      return attend_on_tiles<T>(task, rt);
+    });
   });
 }
 
