@@ -2,10 +2,13 @@
 // pages are read as they lie in memory.
 //
 // Scores are S^T = K Q^T: 16 keys are a left operand as they stand in a page of bf16, or as their codes decode, so
-// nothing is transposed but the scores. Outputs are O = P V, for which keys i and i + 16 are paired. Where queries or
-// weights take several parts (tiles.h), these are further columns and rows, and their products are added at the end.
-// Tiles are as narrow as there are such rows.
+// nothing is transposed but the scores. Outputs are O = P V, and 16 values are a right operand as they stand, too: its
+// pairs are neighbouring channels of one key instead of a channel of two keys, so weights are paired with zero, as (w,
+// 0) for the even channels and once more as (0, w) for the odd ones. Where queries or weights take several parts
+// (tiles.h), these are further columns and rows, and their products are added at the end. Tiles are as narrow as there
+// are such rows.
 #pragma once
+#include "common/paged/cpu/ahead.h"
 #include "common/paged/cpu/attention.h"
 #include "common/paged/cpu/words.h"
 #include "common/tile_attention.h"
@@ -32,7 +35,7 @@ inline bool fits_team(const AttentionParams& p) {
 // The running result of one head's rows.
 struct TeamHead {
   Packed* q;         // [step][pair of words][part][row][2]
-  float* out;        // [part][row][columns], in the order of the value tiles
+  float* out;        // [even, odd][part][row][half], of channels
   float* sums;       // [row][W] of weights, to be added up at the end
   float* zeros;      // [row][W] likewise, of weights times the values' zeros
   float* reference;  // [row]
@@ -52,14 +55,15 @@ struct TeamTask {
   const Task<Visibility>& task;
   Words words;
   Softcap softcap;
-  int rows, steps, columns, q_columns, w_rows;  // the last two: rows in all their parts
+  int rows, steps, columns, half, q_columns, w_rows;  // the last two: rows in all their parts
+  bool joined;                                        // weights of even and odd channels fit one tile
   float factor;
   Packed *k_room, *v_room, *weights;
   TeamHead heads[kTeamShare.heads];
   KeyRows blocks[kRing];
   TeamPairs pairs[2];
   alignas(64) float scores[2][kTeamKeys * kTileRows];
-  int32_t places[kMaxHeadDim];  // of the channels in a row of `out`
+  int32_t places[kMaxHeadDim];  // of the channels in `out`
 
   TeamTask(const Task<Visibility>& task)
       : task(task),
@@ -68,25 +72,27 @@ struct TeamTask {
         rows(task.rows),
         steps(words.units() * Words::kVectors),
         columns(steps * kWords),
+        half(columns / 2),
         q_columns(rows * query_parts(task.p)),
         w_rows(rows * weight_parts(task.p)),
+        joined(2 * w_rows <= kTileRows),
         factor(task.p.scale * kLog2e) {
-    for (int t = 0; t < 2 * steps; t++)
-      for (int c = 0; c < kTileRows; c++)
-        if (const int d = Words::channel(t / 2, 2 * c + t % 2); d < task.p.dim) places[d] = t * kTileRows + c;
+    for (int s = 0; s < steps; s++)
+      for (int i = 0; i < kWords; i++)
+        if (const int d = Words::channel(s, i); d < task.p.dim) places[d] = i % 2 * w_rows * half + s * W + i / 2;
   }
 
   // ---- memory and queries ----
 
   bool start(const Runtime& rt) {
-    const int64_t tiles = int64_t(4 * steps + 1) * kTileSize, q = int64_t(steps) * kTileDepth * q_columns;
+    const int64_t tiles = int64_t(4 * steps + 4) * kTileSize, q = int64_t(steps) * kTileDepth * q_columns;
     const int64_t state = w_rows * columns + int64_t(rows) * (2 * W + 2);
     const int64_t bytes = tiles * sizeof(Packed) + task.heads * (q * sizeof(Packed) + state * sizeof(float));
     k_room = scratch<Packed>(rt, 2, ceil_div(bytes, sizeof(Packed)));
     if (!k_room) return false;
     v_room = k_room + 2 * steps * kTileSize;
     weights = v_room + 2 * steps * kTileSize;
-    Packed* packed = weights + kTileSize;
+    Packed* packed = weights + 4 * kTileSize;
     float* at = reinterpret_cast<float*>(packed + task.heads * q);
     for (int64_t i = 0; i < task.heads * state; i++) at[i] = 0;
     for (int h = 0; h < task.heads; h++, packed += q, at += state) {
@@ -118,30 +124,34 @@ struct TeamTask {
     }
   }
 
-  // ---- keys ----
+  // ---- keys and values ----
 
-  struct LeftRows {
+  struct TileRows {
     const char* first;
     int64_t row_bytes, step_bytes;
   };
 
-  // Sixteen keys from key i of the block on, as tiles.
-  TILEWISE_INLINE LeftRows key_tiles(const KeyRows& block, int64_t head_bytes, int i, int32_t* pair) {
+  // Sixteen keys, or values, from row i of the block on.
+  TILEWISE_INLINE TileRows tile_rows(const KeyRows& block, const char* const* at, int64_t slot, int64_t head_bytes,
+                                     int i, Packed* room, int32_t* pair) {
     const AttentionParams& p = task.p;
     if constexpr (Words::kDecoded)
       if (p.dim % kWords == 0 && block.in_one_page(i, kTileRows, p.table.page_size))
-        return {block.k[i] + head_bytes, p.k_strides.slot * Source::kItem, kWords * sizeof(Packed)};
-    Packed* to = k_room + i * steps * kWords;
-    const auto row = [&](int j) { return i + j < block.count ? block.k[i + j] + head_bytes : kZeroRow; };
-    if constexpr (Source::kScaled)
-      for (int j = 0; j < kTileRows; j++) pair[i + j] = words.pair(row(j));
-    for (int u = 0; u < words.units(); u++)
+        return {at[i] + head_bytes, slot * Source::kItem, kWords * sizeof(Packed)};
+    Packed* to = room + i * steps * kWords;
+    const Words local = words;  // stores to memory cannot change it
+    const char* rows[kTileRows];
+    for (int j = 0; j < kTileRows; j++) {
+      rows[j] = i + j < block.count ? at[i + j] + head_bytes : kZeroRow;
+      if constexpr (Source::kScaled) pair[i + j] = local.pair(rows[j]);
+    }
+    for (int u = 0; u < local.units(); u++)
       for (int j = 0; j < kTileRows; j++) {
         Halves x[Words::kHalves];
-        words.load_unit(row(j), u, x);
+        local.load_unit(rows[j], u, x);
 #pragma GCC unroll 4
         for (int v = 0; v < Words::kVectors; v++)
-          _mm512_store_si512(to + (u * Words::kVectors + v) * kTileSize + j * kWords, words.decode(x, v));
+          _mm512_store_si512(to + (u * Words::kVectors + v) * kTileSize + j * kWords, local.decode(x, v));
       }
     return {reinterpret_cast<const char*>(to), kWords * sizeof(Packed), kTileSize * sizeof(Packed)};
   }
@@ -149,54 +159,83 @@ struct TeamTask {
   // What is multiplied at a time: a head's queries with 32 keys, and another's weights with 32 values.
   struct KeyTiles {
     const Packed* q;
-    LeftRows low, high;
+    TileRows low, high;
     float* scores;  // [key][part][row]
   };
+  struct ValueTiles {
+    TileRows low, high;
+    float* out;
+  };
   KeyTiles find_keys(const KeyRows& block, int h, int turn) {
-    const int64_t head_bytes = h * task.p.k_strides.head * Source::kItem;
-    return {heads[h].q, key_tiles(block, head_bytes, 0, pairs[turn].k),
-            key_tiles(block, head_bytes, kTileRows, pairs[turn].k), scores[turn]};
+    const PageStrides& s = task.p.k_strides;
+    const auto tile = [&](int i) {
+      return tile_rows(block, block.k, s.slot, h * s.head * Source::kItem, i, k_room, pairs[turn].k);
+    };
+    return {heads[h].q, tile(0), tile(kTileRows), scores[turn]};
+  }
+  ValueTiles find_values(const KeyRows& block, int h, int turn) {
+    const PageStrides& s = task.p.v_strides;
+    const auto tile = [&](int i) {
+      return tile_rows(block, block.v, s.slot, h * s.head * Source::kItem, i, v_room, pairs[turn].v);
+    };
+    return {tile(0), tile(kTileRows), heads[h].out};
   }
 
   // Both products in turn: each waits for sums of its own.
   template <bool Scores, bool Values>
-  TILEWISE_INLINE void multiply(const KeyTiles& keys, float* out) {
-    const int64_t q_bytes = q_columns * sizeof(int32_t), out_bytes = columns * sizeof(float);
+  TILEWISE_INLINE void multiply(const KeyTiles& keys, const ValueTiles& values, Ahead& ahead, int lines) {
+    const int64_t q_bytes = q_columns * sizeof(int32_t);
     if constexpr (Scores) {
       zero_tile<0>();
       zero_tile<1>();
     }
-    if constexpr (Values) load_tile<7>(weights, 64);
-    const Packed* values = v_room;
-    for (int s = 0; s < steps; s++, out += 2 * kTileRows, values += 2 * kTileSize) {
-      if constexpr (Values) {
-        load_tile<5>(out, out_bytes);
-        load_tile<6>(out + kTileRows, out_bytes);
+    if constexpr (Values)
+      if (joined) {
+        load_tile<6>(weights, 64);
+        load_tile<7>(weights + 2 * w_rows * kWords, 64);
       }
+    for (int s = 0; s < steps; s++) {
       if constexpr (Scores) {
         load_tile<2>(keys.q + s * kTileDepth * q_columns, q_bytes);
         load_tile<3>(keys.low.first + s * keys.low.step_bytes, keys.low.row_bytes);
         multiply_tiles<0, 3, 2>();
       }
-      if constexpr (Values) {
-        load_tile<4>(values, 64);
-        multiply_tiles<5, 7, 4>();
-      }
+      if constexpr (Values) joined ? add_values(values, s) : add_values_apart(values, s);
       if constexpr (Scores) {
         load_tile<3>(keys.high.first + s * keys.high.step_bytes, keys.high.row_bytes);
         multiply_tiles<1, 3, 2>();
       }
-      if constexpr (Values) {
-        load_tile<4>(values + kTileSize, 64);
-        multiply_tiles<6, 7, 4>();
-        store_tile<5>(out, out_bytes);
-        store_tile<6>(out + kTileRows, out_bytes);
-      }
+      if constexpr (Values) ahead.go_on(lines);
     }
     if constexpr (Scores) {
       store_tile<0>(keys.scores, q_bytes);
       store_tile<1>(keys.scores + kTileRows * q_columns, q_bytes);
     }
+  }
+  TILEWISE_INLINE void add_values(const ValueTiles& values, int s) {
+    float* out = values.out + s * W;
+    load_tile<5>(out, half * sizeof(float));
+    load_tile<4>(values.low.first + s * values.low.step_bytes, values.low.row_bytes);
+    multiply_tiles<5, 6, 4>();
+    load_tile<4>(values.high.first + s * values.high.step_bytes, values.high.row_bytes);
+    multiply_tiles<5, 7, 4>();
+    store_tile<5>(out, half * sizeof(float));
+  }
+  TILEWISE_INLINE void add_values_apart(const ValueTiles& values, int s) {
+    const int64_t out_bytes = half * sizeof(float), tile = w_rows * kWords;
+    float *even = values.out + s * W, *odd = even + w_rows * half;
+    load_tile<5>(even, out_bytes);
+    load_tile<7>(odd, out_bytes);
+    for (int i = 0; i < 2; i++) {
+      const TileRows& rows = i ? values.high : values.low;
+      load_tile<4>(rows.first + s * rows.step_bytes, rows.row_bytes);
+      load_tile<6>(weights + 2 * i * tile, 64);
+      multiply_tiles<5, 6, 4>();
+      load_tile<6>(weights + (2 * i + 1) * tile, 64);
+      multiply_tiles<7, 6, 4>();
+    }
+    store_tile<5>(even, out_bytes);
+    store_tile<7>(odd, out_bytes);
   }
 
   // ---- weights ----
@@ -247,18 +286,24 @@ struct TeamTask {
   }
   template <int P>
   TILEWISE_INLINE void store_weights(int m, VF low, VF high) {
-    Halves split_up[P];
-    split(low, high, split_up);
+    VF x[2] = {low, high};
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; i++)
 #pragma GCC unroll 3
-    for (int part = 0; part < P; part++) _mm512_store_si512(weights + (part * rows + m) * kWords, split_up[part]);
+      for (int part = 0; part < P; part++) {
+        Packed* even = weights + (i * 2 * w_rows + part * rows + m) * kWords;
+        _mm512_store_si512(even, _mm512_srli_epi32((__m512i)x[i], 16));
+        _mm512_store_si512(even + w_rows * kWords, (__m512i)high_part(x[i]));
+        x[i] -= high_part(x[i]);
+      }
   }
   void raise_reference(const TeamHead& head, int m, float top) {
     const VF shrink = exp2(set1(head.reference[m] - top));
     head.reference[m] = top;
     store(head.sums + m * W, load(head.sums + m * W) * shrink);
     store(head.zeros + m * W, load(head.zeros + m * W) * shrink);
-    for (int row = m; row < w_rows; row += rows)
-      for (float *at = head.out + row * columns, *end = at + columns; at < end; at += W) store(at, load(at) * shrink);
+    for (int row = m; row < 2 * w_rows; row += rows)
+      for (float *at = head.out + row * half, *end = at + half; at < end; at += W) store(at, load(at) * shrink);
   }
 
   uint32_t seen_by(int m, const KeyRows& block) const {
@@ -287,75 +332,16 @@ struct TeamTask {
     }
   }
 
-  // ---- values ----
-
-  template <class Ahead>
-  void pack_values(const KeyRows& block, int h, int turn, Ahead& ahead) {
-    const int64_t head_bytes = h * task.p.v_strides.head * Source::kItem;
-    const auto row = [&](int j) { return j < block.count ? block.v[j] + head_bytes : kZeroRow; };
-    if constexpr (Source::kScaled)
-      for (int j = 0; j < kTeamKeys; j++) pairs[turn].v[j] = words.pair(row(j));
-    for (int u = 0; u < words.units(); u++)
-      for (int j = 0; j < kTileRows; j++) {
-        if (u == 0) ahead.go_on();
-        Halves x[Words::kHalves], y[Words::kHalves], even[Words::kHalves], odd[Words::kHalves];
-        words.load_unit(row(j), u, x);
-        words.load_unit(row(j + kTileRows), u, y);
-#pragma GCC unroll 2
-        for (int n = 0; n < Words::kHalves; n++) {
-          even[n] = even_pairs(x[n], y[n]);
-          odd[n] = odd_pairs(x[n], y[n]);
-        }
-        Packed* to = v_room + u * Words::kVectors * 2 * kTileSize + j * kWords;
-#pragma GCC unroll 4
-        for (int v = 0; v < Words::kVectors; v++, to += 2 * kTileSize) {
-          _mm512_store_si512(to, words.decode(even, v));
-          _mm512_store_si512(to + kTileSize, words.decode(odd, v));
-        }
-      }
-  }
-
   // ---- all of it ----
 
-  // Tiles 0 to 2: keys x rows, and queries; 3 and 4: keys, values; 5 to 7: rows x values, and weights.
+  // Tiles 0 to 2: keys x rows, and queries; 3 and 4: keys, values; 5 to 7: rows x values, and weights, or as many of
+  // each for even and for odd channels.
   TileConfig tile_sizes() const {
     TileConfig sizes;
     for (int i = 0; i < 3; i++) sizes.row_bytes[i] = uint16_t(q_columns * sizeof(int32_t));
-    for (int i = 5; i < 8; i++) sizes.rows[i] = uint8_t(w_rows);
+    for (int i = 5; i < 8; i++) sizes.rows[i] = uint8_t(joined ? 2 * w_rows : w_rows);
     return sizes;
   }
-
-  // Prefetches a block in the order of memory, all heads of a token at once, in as many steps as the team has rows of
-  // values to pack. In bursts, or in the order of use, half of it would come too late.
-  struct Ahead {
-    const KeyRows& block;
-    int64_t k_bytes, v_bytes;  // a token's
-    int64_t tokens_per_step;   // in 1/64
-    int64_t done = 0;
-
-    Ahead(const KeyRows& block, const Task<Visibility>& task) : block(block) {
-      k_bytes = span(task.p.k_strides.head * Source::kItem, task.heads);
-      v_bytes = span(task.p.v_strides.head * Source::kItem, task.heads);
-      tokens_per_step = ceil_div(64 * kTeamKeys, task.heads * kTileRows);
-    }
-    // Heads that lie apart are left to the hardware.
-    int64_t span(int64_t stride, int heads) const {
-      return stride >= 0 && stride <= 2 * block.row_bytes ? (heads - 1) * stride + block.row_bytes : block.row_bytes;
-    }
-    static TILEWISE_INLINE void fetch(const char* row, int64_t bytes, int64_t from, int64_t to) {
-      for (int64_t at = bytes * from / 64; at < bytes * to / 64 + 1; at += 64) __builtin_prefetch(row + at, 0, 2);
-    }
-    // The next step's share of a token, or of several.
-    TILEWISE_INLINE void go_on() {
-      for (int64_t left = tokens_per_step; left > 0 && done / 64 < block.count;) {
-        const int64_t from = done % 64, n = min_of(left, 64 - from);
-        fetch(block.k[done / 64], k_bytes, from, from + n);
-        fetch(block.v[done / 64], v_bytes, from, from + n);
-        done += n;
-        left -= n;
-      }
-    }
-  };
 
   void find(KeyRows& block, int64_t from) const {
     block.find(task, from, task.keys.block_end(from, kTeamKeys), Source(task.p.dim));
@@ -367,21 +353,24 @@ struct TeamTask {
     find(blocks[0], task.keys.first);
     find(blocks[1], blocks[0].first + blocks[0].count);
     if (!blocks[0].count) return;
-    multiply<true, false>(find_keys(blocks[0], 0, 0), nullptr);
+    const int64_t k_bytes = task.p.k_strides.head * Source::kItem, v_bytes = task.p.v_strides.head * Source::kItem;
+    Ahead nothing(blocks[2], k_bytes, v_bytes, 0);
+    multiply<true, false>(find_keys(blocks[0], 0, 0), {}, nothing, 0);
     int turn = 0;
     for (int at = 0; blocks[at].count; at = (at + 1) % kRing) {
       const KeyRows &block = blocks[at], &next = blocks[(at + 1) % kRing];
       KeyRows& over_next = blocks[(at + 2) % kRing];
       find(over_next, next.first + next.count);
-      Ahead ahead(task.heads < 4 ? over_next : next, task);
+      Ahead ahead(task.heads < 4 ? over_next : next, k_bytes, v_bytes, task.heads);
+      const int lines = Words::kDecoded ? 0 : ahead.share(int64_t(task.heads) * steps);
       for (int h = 0; h < task.heads; h++, turn ^= 1) {
         const bool last = h + 1 == task.heads;
-        pack_values(block, h, turn, ahead);
+        const ValueTiles values = find_values(block, h, turn);
         weigh(block, heads[h], turn);
         if (!last || next.count)
-          multiply<true, true>(find_keys(last ? next : block, last ? 0 : h + 1, turn ^ 1), heads[h].out);
+          multiply<true, true>(find_keys(last ? next : block, last ? 0 : h + 1, turn ^ 1), values, ahead, lines);
         else
-          multiply<false, true>({}, heads[h].out);
+          multiply<false, true>({}, values, ahead, lines);
       }
     }
   }
@@ -396,10 +385,11 @@ struct TeamTask {
     float row[kMaxHeadDim + W];
     for (int m = 0; m < rows; m++) {
       const float zero = reduce_add(load(head.zeros + m * W));
-      float* sum = head.out + m * columns;
-      for (int part = m + rows; part < w_rows; part += rows)
-        for (int d = 0; d < columns; d += W) store(sum + d, load(sum + d) + load(head.out + part * columns + d));
-      for (int d = 0; d < dim; d++) row[d] = sum[places[d]] + zero;
+      for (int d = 0; d < dim; d++) {
+        row[d] = head.out[places[d] + m * half];
+        for (int part = m + rows; part < w_rows; part += rows) row[d] += head.out[places[d] + part * half];
+        row[d] += zero;
+      }
       own.write(m, row, head.reference[m], reduce_add(load(head.sums + m * W)));
     }
   }

@@ -4,8 +4,6 @@
 //   channel(step, word)        of word `word` of the row's vector `step`; the last may lie beyond the row's channels
 //   load_unit(row, unit, x)    before decoding: words stay where they are
 //   decode(x, v)               vector v of the unit
-// What two rows' words look like side by side (the pairs of a right operand) is decided before decoding, which does not
-// care whose words it decodes.
 #pragma once
 #include "common/paged/cpu/source.h"
 #include "common/tiles.h"
@@ -16,14 +14,6 @@ namespace {
 constexpr int kWords = 32;
 
 typedef uint16_t HalfWords __attribute__((vector_size(64)));
-
-// The even or the odd words of two rows, in pairs.
-TILEWISE_INLINE Halves even_pairs(Halves a, Halves b) {
-  return _mm512_mask_blend_epi16(0xaaaaaaaa, a, _mm512_slli_epi32(b, 16));
-}
-TILEWISE_INLINE Halves odd_pairs(Halves a, Halves b) {
-  return _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(a, 16), b);
-}
 
 // The first n of 64 or 32 bytes, the others zero.
 TILEWISE_INLINE __m512i load_64_bytes(const char* from, int n) {
