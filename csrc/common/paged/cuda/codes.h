@@ -46,7 +46,7 @@ template <class T, int D, class Source>
 struct CodePages {
   static constexpr int kItem = 1, kKeyWarps = kTileWarps, kParts = 2, kWarpKeys = kTileKeys / kKeyWarps;
   // As many blocks as registers allow without spills: their copies hide each other's latency.
-  static constexpr int kMinBlocks = D == 64 ? 4 : Source::kBits == 8 ? 2 : 3;
+  static constexpr int kMinBlocks = D == 64 ? (Source::kScaled ? 4 : 3) : Source::kBits == 8 ? 2 : 3;
   static constexpr int kBits = Source::kBits, kFields = Source::kFields, kGroup = Source::kGroup, kGroups = D / kGroup;
   static constexpr bool kScaled = Source::kScaled;  // a scale and a zero per row, else an exponent per group
   static constexpr int kCodeWords = D * kBits / 32, kBytes = 4 * kCodeWords + (kScaled ? 4 : kGroups);
