@@ -116,10 +116,10 @@ void bind_optim(py::module_& m) {
           const py::gil_scoped_release release;
           dequantize_matrix(codes, scales, pointer_to(diagonal), values, stream);
         });
-  m.def("orthonormalize", [](const PyTensor& rows, const PyTensor& gram, const PyTensor& out) {
+  m.def("orthonormalize", [](const PyTensor& rows, const PyTensor& defect, const PyTensor& out) {
     void* stream = rows.stream();
     const py::gil_scoped_release release;
-    orthonormalize(rows, gram, out, stream);
+    orthonormalize(rows, defect, out, stream);
   });
 }
 

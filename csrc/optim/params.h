@@ -158,8 +158,8 @@ struct MatrixCodecParams {
 
 struct OrthonormalizeParams {
   const float* rows;  // [batch, order, order]
-  float* gram;        // [batch, order, order] workspace: rows rows^T
-  float* out;         // [batch, order, order]: 1.5 rows - 0.5 gram rows
+  float* defect;      // [batch, order, order] workspace: I - rows rows^T
+  float* out;         // [batch, order, order]: rows + 0.5 defect rows
   int64_t batch, order;
 };
 

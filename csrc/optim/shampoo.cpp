@@ -75,18 +75,18 @@ void dequantize_matrix(const Tensor& codes, const Tensor& scales, const Tensor* 
     run_kernel("dequantize_matrix", kKernels, values.device, &Kernels::dequantize_matrix, params, stream);
 }
 
-void orthonormalize(const Tensor& rows, const Tensor& gram, const Tensor& out, void* stream) {
+void orthonormalize(const Tensor& rows, const Tensor& defect, const Tensor& out, void* stream) {
   const Check check("orthonormalize");
   check_squares(check, rows, "rows");
   const int64_t batch = rows.shape[0], order = rows.shape[1];
-  for (const auto& [t, name] : {std::pair{&gram, "gram"}, std::pair{&out, "out"}}) {
+  for (const auto& [t, name] : {std::pair{&defect, "defect"}, std::pair{&out, "out"}}) {
     check_squares(check, *t, name);
     check.shape(*t, name, {batch, order, order});
     check.same_device(*t, name, rows, "rows");
     check.no_overlap(*t, name, rows, "rows");
   }
-  check.no_overlap(out, "out", gram, "gram");
-  const optim::OrthonormalizeParams params = {rows.ptr<float>(), gram.ptr<float>(), out.ptr<float>(), batch, order};
+  check.no_overlap(out, "out", defect, "defect");
+  const optim::OrthonormalizeParams params = {rows.ptr<float>(), defect.ptr<float>(), out.ptr<float>(), batch, order};
   if (rows.numel()) run_kernel("orthonormalize", kKernels, rows.device, &Kernels::orthonormalize, params, stream);
 }
 

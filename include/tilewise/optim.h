@@ -85,8 +85,8 @@ void quantize_matrix(const Tensor& values, const Tensor& codes, const Tensor& sc
 void dequantize_matrix(const Tensor& codes, const Tensor& scales, const Tensor* diagonal, const Tensor& values,
                        void* stream = nullptr);
 
-// One Bjorck step towards orthonormal rows: out = 1.5 rows - 0.5 gram rows, gram = rows rows^T.
-//   rows, gram (a workspace), out f32 [b, n, n]
-void orthonormalize(const Tensor& rows, const Tensor& gram, const Tensor& out, void* stream = nullptr);
+// One Bjorck step towards orthonormal rows: out = rows + 0.5 defect rows, defect = I - rows rows^T.
+//   rows, defect (a workspace), out f32 [b, n, n]
+void orthonormalize(const Tensor& rows, const Tensor& defect, const Tensor& out, void* stream = nullptr);
 
 }  // namespace tilewise

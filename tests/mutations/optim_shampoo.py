@@ -18,10 +18,11 @@ MUTATIONS = [
     Mutation("other_diagonal", SHAMPOO, "diagonal[lane.row] = values", "diagonal[lane.diagonal] = values", "plain"),
     Mutation("missing_negative", SHAMPOO, "x < 0 ? first_negative : thresholds[0]", "thresholds[0]", "plain"),
     Mutation("scale_of_the_row", SHAMPOO, "q.p.scales[lane.block];", "q.p.scales[lane.row];", "plain"),
-    Mutation("not_mirrored", SHAMPOO, "if (kGram && m0 < n0) mirror", "if (kGram && m0 > n0) mirror", "plain"),
+    Mutation("not_mirrored", SHAMPOO, "if (kDefect && m0 < n0) mirror", "if (kDefect && m0 > n0) mirror", "plain"),
     Mutation("columns_beyond_the_edge", SHAMPOO, "row < order && column + e < order ?", "row < order ?", "plain"),
     Mutation("wrong_half", SHAMPOO, "const int row = m + i % 4 + i / 4 * 32;", "const int row = m + i;", "plain"),
-    Mutation("half_step", SHAMPOO, "fmaf(-.5f, sum, 1.5f * x[e])", "fmaf(-.25f, sum, 1.25f * x[e])", "plain"),
+    Mutation("no_identity", SHAMPOO, "(row == column + e) - sum", "-sum", "plain"),
+    Mutation("half_step", SHAMPOO, "fmaf(.5f, sum, x[e])", "fmaf(.25f, sum, x[e])", "plain"),
 ]  # fmt: skip
 
 

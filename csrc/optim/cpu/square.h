@@ -105,31 +105,33 @@ inline void multiply_panel(const Panel& panel, const PanelProduct& q) {
   if (i < q.count) multiply_rows<1>(panel, q, i);
 }
 
-// gram = rows rows^T above the diagonal and on it, for the columns of one panel.
-inline void gram_panel(const float* rows, float* gram, int64_t order, Panel& panel) {
+// defect = I - rows rows^T above the diagonal and on it, for the columns of one panel; the second product is of small
+// numbers then, and so are its roundings.
+inline void defect_panel(const float* rows, float* defect, int64_t order, Panel& panel) {
   for (int64_t k = 0; k < order; k += kDepth) {
     const int depth = int(min_of<int64_t>(kDepth, order - k));
     pack_columns(panel, rows + panel.first * order + k, order, depth);
     multiply_panel(panel,
-                   {rows + k, gram + panel.first, nullptr, 1, 0, order, panel.first + panel.width, depth, k == 0});
+                   {rows + k, defect + panel.first, nullptr, -1, 0, order, panel.first + panel.width, depth, k == 0});
   }
+  for (int64_t i = panel.first; i < panel.first + panel.width; i++) defect[i * order + i] += 1;
 }
 
-// out = 1.5 rows - 0.5 gram rows, for the columns of one panel.
-inline void rectify_panel(const float* rows, const float* gram, float* out, int64_t order, Panel& panel) {
+// out = rows + 0.5 defect rows, for the columns of one panel.
+inline void rectify_panel(const float* rows, const float* defect, float* out, int64_t order, Panel& panel) {
   for (int64_t k = 0; k < order; k += kDepth) {
     const int depth = int(min_of<int64_t>(kDepth, order - k));
     pack_rows(panel, rows + k * order + panel.first, order, depth);
-    multiply_panel(panel, {gram + k, out + panel.first, rows + panel.first, -.5f, 1.5f, order, order, depth, k == 0});
+    multiply_panel(panel, {defect + k, out + panel.first, rows + panel.first, .5f, 1, order, order, depth, k == 0});
   }
 }
 
 // Below the diagonal what stands above it, for rows [first, last).
-inline void mirror(float* gram, int64_t order, int64_t first, int64_t last) {
+inline void mirror(float* defect, int64_t order, int64_t first, int64_t last) {
   constexpr int64_t kSquare = 16;  // whose lines stay in the cache
   for (int64_t j = 0; j < last; j += kSquare)
     for (int64_t i = first; i < last; i++)
-      for (int64_t c = j; c < min_of(j + kSquare, i); c++) gram[i * order + c] = gram[c * order + i];
+      for (int64_t c = j; c < min_of(j + kSquare, i); c++) defect[i * order + c] = defect[c * order + i];
 }
 
 // Calls body(offset of the matrix, panel) for every panel of every matrix, wide and narrow triangles alternating so
@@ -148,17 +150,17 @@ void for_each_panel(const OrthonormalizeParams& p, const Runtime& rt, const Body
 }
 
 const char* orthonormalize(const OrthonormalizeParams& p, const Runtime& rt) {
-  for_each_panel(p, rt, [&](int64_t at, Panel& panel) { gram_panel(p.rows + at, p.gram + at, p.order, panel); });
+  for_each_panel(p, rt, [&](int64_t at, Panel& panel) { defect_panel(p.rows + at, p.defect + at, p.order, panel); });
   parallel_for(rt, p.batch * p.order, 16, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end;) {
       const int64_t matrix = row / p.order, first = row % p.order;
       const int64_t count = min_of(min_of(end - row, p.order - first), int64_t{16});
-      mirror(p.gram + matrix * p.order * p.order, p.order, first, first + count);
+      mirror(p.defect + matrix * p.order * p.order, p.order, first, first + count);
       row += count;
     }
   });
   for_each_panel(
-      p, rt, [&](int64_t at, Panel& panel) { rectify_panel(p.rows + at, p.gram + at, p.out + at, p.order, panel); });
+      p, rt, [&](int64_t at, Panel& panel) { rectify_panel(p.rows + at, p.defect + at, p.out + at, p.order, panel); });
   return nullptr;
 }
 

@@ -158,7 +158,7 @@ const char* run_matrix_codec(const MatrixCodecParams& p, const Runtime& rt) {
 }
 
 const char* orthonormalize(const OrthonormalizeParams& p, const Runtime& rt) {
-  const bool aligned = p.order % 4 == 0 && aligned16(p.rows) && aligned16(p.gram) && aligned16(p.out);
+  const bool aligned = p.order % 4 == 0 && aligned16(p.rows) && aligned16(p.defect) && aligned16(p.out);
   const int64_t side = simt::ceil_div<int64_t>(p.order, kTile);
   const SquareLaunch launch = {p, aligned, static_cast<int>(side)};
   const dim3 grid(static_cast<unsigned>(p.batch * side * side));

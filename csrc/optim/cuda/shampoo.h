@@ -141,10 +141,11 @@ struct DecodeMatrix {
   }
 };
 
-// ---- the Bjorck step: gram = rows rows^T, then out = 1.5 rows - 0.5 gram rows ----
-// A block of 64 threads makes a tile of 64 x 64, a thread 8 x 8 of it: rows 4 (thread / 8) .. + 3 and the same 32
-// further down, columns 4 (thread % 8) .. + 3 and the same 32 further on. Tiles of both factors stand in shared memory
-// twice, [depth][side]: while one is multiplied, the next arrives through registers.
+// ---- the Bjorck step: defect = I - rows rows^T, then out = rows + 0.5 defect rows ----
+// The defect is small, and so are the roundings of the second product; with the Gram matrix they are many times as
+// large. A block of 64 threads makes a tile of 64 x 64, a thread 8 x 8 of it: rows 4 (thread / 8) .. + 3 and the same
+// 32 further down, columns 4 (thread % 8) .. + 3 and the same 32 further on. Tiles of both factors stand in shared
+// memory twice, [depth][side]: while one is multiplied, the next arrives through registers.
 constexpr int kTile = 64;
 
 struct SquareLaunch {
@@ -153,7 +154,7 @@ struct SquareLaunch {
   int side;      // tiles across a matrix
 };
 
-template <bool kGram>
+template <bool kDefect>
 struct SquareProduct {
   static constexpr int kThreads = 64, kMinArch = 800, kMinBlocks = 6, kDepth = 8, kPitch = kTile + 4;
   using Params = SquareLaunch;
@@ -226,21 +227,21 @@ struct SquareProduct {
   SIMT_DEVICE static void run(const Params& q, Smem& s) {
     const int tiles = q.side * q.side, order = static_cast<int>(q.p.order);
     const int tile = static_cast<int>(block_idx().x % tiles), m0 = tile / q.side * kTile, n0 = tile % q.side * kTile;
-    if (kGram && m0 > n0) return;  // the block of the mirrored tile writes this one
+    if (kDefect && m0 > n0) return;  // the block of the mirrored tile writes this one
     const int64_t at = static_cast<int64_t>(block_idx().x / tiles) * order * order;
-    const float *rows = q.p.rows + at, *left = kGram ? rows : q.p.gram + at;
+    const float *rows = q.p.rows + at, *left = kDefect ? rows : q.p.defect + at;
     Sums sums = {};
     Fetched a, b;
     const auto fetch = [&](int k) {
       fetch_rows(a, left, m0, k, q);
-      if constexpr (kGram)
+      if constexpr (kDefect)
         fetch_rows(b, rows, n0, k, q);
       else
         fetch_columns(b, rows, k, n0, q);
     };
     const auto keep = [&](int stage) {
       keep_rows(s.left[stage], a);
-      if constexpr (kGram)
+      if constexpr (kDefect)
         keep_rows(s.right[stage], b);
       else
         keep_columns(s.right[stage], b);
@@ -255,7 +256,7 @@ struct SquareProduct {
     }
     const int m = m0 + thread_id() / 8 * 4, n = n0 + thread_id() % 8 * 4;
     store(sums, q, at, m, n);
-    if (kGram && m0 < n0) mirror(sums, q, at, m, n);
+    if (kDefect && m0 < n0) mirror(sums, q, at, m, n);
   }
 
   SIMT_DEVICE static void store4(const float (&x)[4], float* matrix, int row, int column, const Params& q) {
@@ -270,13 +271,13 @@ struct SquareProduct {
       for (int half = 0; half < 2; half++) {
         const int column = n + 32 * half;
         float x[4];
-        if constexpr (!kGram) fetch4(x, q.p.rows + at, row, column, q);
+        if constexpr (!kDefect) fetch4(x, q.p.rows + at, row, column, q);
 #pragma unroll
         for (int e = 0; e < 4; e++) {
           const float sum = sums[i][4 * half + e];
-          x[e] = kGram ? sum : fmaf(-.5f, sum, 1.5f * x[e]);
+          x[e] = kDefect ? (row == column + e) - sum : fmaf(.5f, sum, x[e]);
         }
-        store4(x, (kGram ? q.p.gram : q.p.out) + at, row, column, q);
+        store4(x, (kDefect ? q.p.defect : q.p.out) + at, row, column, q);
       }
     }
   }
@@ -287,8 +288,8 @@ struct SquareProduct {
     for (int j = 0; j < 8; j++) {
 #pragma unroll
       for (int half = 0; half < 2; half++) {
-        const float x[4] = {sums[4 * half][j], sums[4 * half + 1][j], sums[4 * half + 2][j], sums[4 * half + 3][j]};
-        store4(x, q.p.gram + at, n + j % 4 + j / 4 * 32, m + 32 * half, q);
+        const float x[4] = {-sums[4 * half][j], -sums[4 * half + 1][j], -sums[4 * half + 2][j], -sums[4 * half + 3][j]};
+        store4(x, q.p.defect + at, n + j % 4 + j / 4 * 32, m + 32 * half, q);
       }
     }
   }

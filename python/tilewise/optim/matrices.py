@@ -55,14 +55,14 @@ def _dequantize_matrix(codes, scales, diagonal):
 
 def _orthonormalize(rows, steps):
     rows = rows.contiguous()
-    out, gram, spare = torch.empty_like(rows), None, None
+    out, defect, spare = torch.empty_like(rows), None, None
     if steps:
-        gram = torch.empty_like(rows)
+        defect = torch.empty_like(rows)
         spare = torch.empty_like(rows) if steps > 1 else None
     source = rows
     for _ in range(steps):
         target = spare if source is out else out
-        _core_orthonormalize(source, gram, target)
+        _core_orthonormalize(source, defect, target)
         source = target
     return source if source is not rows else rows.clone()
 
