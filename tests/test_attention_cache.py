@@ -172,6 +172,21 @@ def test_values_that_a_token_does_not_see_may_be_nan(device, format, dtype):
     assert out.isfinite().all(-1).flatten().tolist() == [True] * 4 + [False] * 2
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dim", [40, 64])
+def test_every_exponent(device, dim, dtype):
+    """Also those that no encoder writes: a single value returns as it is, but for what is below 2^-123."""
+    exponents = torch.tensor([*range(9), 60, 130, 254]) if device.small else torch.arange(255)
+    cache = tw.KVCache(len(exponents), 8, 1, dim, format="bfp12")
+    cache.k_pages.zero_()
+    cache.v_pages.random_(256)
+    cache.v_pages[..., -(-dim // 32) * 16 :] = exponents.to(torch.uint8)[:, None, None, None]
+    q, table = torch.randn(len(exponents), 8, 1, dim).to(dtype), torch.arange(len(exponents), dtype=i32)[:, None]
+    out = cache.attend(q, table, torch.ones(len(exponents), dtype=i32))
+    expected = kv_cache.dequantize(cache.v_pages[:, :1], "bfp12", dim).view(-1, 1, 1, dim).expand(-1, 8, -1, -1)
+    torch.testing.assert_close(out.double(), expected, rtol=1e-6, atol=2.0**-123)
+
+
 @pytest.mark.parametrize("format", CODES)
 def test_long_cache_in_splits(device, format):
     length = 300 if device.small else 2100

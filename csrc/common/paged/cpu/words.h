@@ -89,7 +89,8 @@ struct WordRows<Bfp12Rows> : CodeWords<4, Bfp12Rows> {
 
   using Codes::Codes;
   TILEWISE_INLINE void load_unit(const char* row, int unit, Halves (&x)[2]) const {
-    constexpr int kOne = 127 + 3, kNotFinite = 0xffc0 - 0xbf80;  // kOne: of mantissas as they are; then -1 to NaN
+    // kOne: of mantissas as they are. kLeast: with smaller ones the sum would wrap; less than 2^-123 counts as zero.
+    constexpr int kOne = 127 + 3, kLeast = 4, kNotFinite = 0xffc0 - 0xbf80;  // the last: from -1 to NaN
     Halves codes[1];
     Codes::load_unit(row, unit, codes);
     const int blocks = min_of(groups() - unit * 4, 4);  // of the unit; a block's codes are a 128-bit lane
@@ -99,6 +100,7 @@ struct WordRows<Bfp12Rows> : CodeWords<4, Bfp12Rows> {
     const __m512i exponent = _mm512_shuffle_epi8(_mm512_broadcastd_epi32(bytes), (__m512i)by_lane);
     const __mmask32 bad = _mm512_cmpeq_epi16_mask(exponent, _mm512_set1_epi16(255));
     x[0] = _mm512_mask_set1_epi16(codes[0], bad, -1);
+    x[0] = _mm512_mask_set1_epi16(x[0], _mm512_cmplt_epu16_mask(exponent, _mm512_set1_epi16(kLeast)), 0);
     x[1] = _mm512_slli_epi16(_mm512_sub_epi16(exponent, _mm512_set1_epi16(kOne)), 7);
     x[1] = _mm512_mask_set1_epi16(x[1], bad, kNotFinite);
   }
