@@ -28,9 +28,10 @@ build/.environment: pyproject.toml constraints.txt
 	  $(if $(shell command -v nvcc),nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm)
 	@mkdir -p build && touch $@
 
+# Without make's flags: ninja cannot share the jobs of `make -j2 test-race`.
 build: build/.environment
 	$(CONFIGURE) -B build -DTILEWISE_EMULATOR=ON
-	$(PY) -m cmake --build build
+	MAKEFLAGS= $(PY) -m cmake --build build
 
 # The whole suite; its seeded bugs; then its small cases again with the CUDA kernels race-checked, and under ASan and
 # UBSan. Two at a time; where nobody watches, the output of each stays together.

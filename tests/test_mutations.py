@@ -14,6 +14,13 @@ TABLES = {name: importlib.import_module(f"mutations.{name}") for name in NAMES}
 CASES = [(name, mutation) for name in NAMES for mutation in TABLES[name].MUTATIONS]
 
 
+def test_texts_stand_once():
+    """At once for all, before the first is compiled."""
+    csrc = Path(__file__).parents[1] / "csrc"
+    found = {f"{n}-{m}": (csrc / m.file).read_text().count(m.old) for n, m in CASES}
+    assert {name: count for name, count in found.items() if count != 1} == {}
+
+
 def outcome(name, mutation):
     return failure_of(getattr(TABLES[name], "FAMILY", name), mutation, TABLES[name].check)
 

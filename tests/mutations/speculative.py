@@ -50,12 +50,12 @@ MUTATIONS = [
     Mutation(
         "stage_refilled_early",
         _ATTENTION,
-        "sync_block();  // everyone has read the stage that is filled next",
+        "sync_copies();  // everyone has read the stage that is filled next",
         "",
         "race",
     ),
     Mutation("sum_not_rescaled", _ATTENTION, "run.sum[h] * shrink + sum", "run.sum[h] + sum", "plain"),
-    Mutation("unstaged_output", _ATTENTION, "sync_warp();  // a warp stages and stores its own rows", "", "race"),
+    Mutation("joined_early", _ATTENTION, "    sync_block();\n    store(p,", "    store(p,", "race"),
     Mutation("merge_ignores_lse", _ROWS, "sum += exp2_approx((lse - base) * kLog2e) *", "sum +=", "plain"),
 ]
 
