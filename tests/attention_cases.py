@@ -158,3 +158,11 @@ def assert_lse_close(got, exact):
     errors = (got - exact)[seen].abs()
     if seen.any():
         assert errors.max() <= 2e-6 * exact[seen].abs().max().clamp_min(1), f"lse: largest error {errors.max():.2e}"
+
+
+def assert_same(device, got, expected, group, queries):
+    """Bit for bit; to rounding where CUDA lets few queries of a group of heads share a tile, if a sequence is alone."""
+    dtype = expected.dtype
+    other_kernel = device.kind != "cpu" and group > 1 and queries <= 32 and dtype != torch.float32
+    close = 4 * torch.finfo(dtype).eps if other_kernel else 0
+    torch.testing.assert_close(got, expected, rtol=close, atol=close)

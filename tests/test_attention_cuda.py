@@ -3,11 +3,13 @@
 The tests run on every device; the shapes are chosen around the kernels' tiles of 32, 64 and 128 rows.
 """
 
+import functools
+
 import pytest
 import torch
 
 import tilewise as tw
-from attention_cases import DTYPES, Shape, inputs, judge
+from attention_cases import DTYPES, Shape, assert_same, inputs, judge
 from harness.emulation import assert_schedules_agree
 from tilewise.reference import attention as reference
 
@@ -70,18 +72,19 @@ def test_scale_is_not_positive(device, dtype, scale):
     check(inputs(Shape(1, 2, 1, 40, 50, 64, 64), dtype, device), dtype, causal=True, scale=scale)
 
 
-def packed(dtype, device):
+def packed(dtype, device, kv_heads=2):
     offsets_q = torch.tensor([0, 5, 5, 38, 50], dtype=torch.int32, device=device.torch)
     offsets_k = torch.tensor([0, 9, 13, 13, 83], dtype=torch.int32, device=device.torch)
-    q, k, v = (torch.randn(rows, heads, 64).to(device.torch, dtype) for rows, heads in ((50, 4), (83, 2), (83, 2)))
-    return (q, k, v), (offsets_q, offsets_k)
+    sizes = (50, 4), (83, kv_heads), (83, kv_heads)
+    return [torch.randn(*size, 64).to(device.torch, dtype) for size in sizes], (offsets_q, offsets_k)
 
 
 @pytest.mark.modes
+@pytest.mark.parametrize("kv_heads", [4, 2])
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-def test_packed_equals_separate(device, dtype):
+def test_packed_equals_separate(device, dtype, kv_heads):
     """Bit for bit: a sequence among others, one without queries and one without keys, gives what it gives alone."""
-    tensors, (offsets_q, offsets_k) = packed(dtype, device)
+    tensors, (offsets_q, offsets_k) = packed(dtype, device, kv_heads)
     leaves = [t.requires_grad_() for t in tensors]
     out, lse = tw.attention_varlen(*leaves, offsets_q, offsets_k, causal=True, return_lse=True)
     dout = torch.randn_like(out)
@@ -90,11 +93,12 @@ def test_packed_equals_separate(device, dtype):
         rows = slice(offsets_q[b], offsets_q[b + 1]), *[slice(offsets_k[b], offsets_k[b + 1])] * 2
         alone = [t[r].detach().transpose(0, 1)[None].requires_grad_() for t, r in zip(leaves, rows, strict=True)]
         one, one_lse = tw.attention(*alone, causal=True, return_lse=True)
-        assert torch.equal(out[rows[0]].transpose(0, 1)[None], one)
-        assert torch.equal(lse[:, rows[0]][None], one_lse)
+        same = functools.partial(assert_same, device, group=4 // kv_heads, queries=one.shape[2])
+        same(out[rows[0]].transpose(0, 1)[None], one)
+        torch.testing.assert_close(lse[:, rows[0]][None], one_lse, rtol=0, atol=0 if kv_heads == 4 else 1e-5)
         expected = torch.autograd.grad(one, alone, dout[rows[0]].transpose(0, 1)[None])
         for got, r, e in zip(gradients, rows, expected, strict=True):
-            assert torch.equal(got[r].transpose(0, 1)[None], e)
+            same(got[r].transpose(0, 1)[None], e)
 
 
 @pytest.mark.modes

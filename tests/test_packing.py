@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tilewise as tw
-from attention_cases import DTYPES, judge
+from attention_cases import DTYPES, assert_same, judge
 from tilewise.reference import attention as reference
 
 LENGTHS = st.lists(st.integers(0, 40), max_size=20)
@@ -136,7 +136,7 @@ def heads_first(t):
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 def test_packed_attention_is_that_of_separate_sequences(device, dtype):
-    """The same bits forward; gradients to rounding, judged against the sequences one by one in float64."""
+    """The same forward; gradients to rounding, judged against the sequences one by one in float64."""
     lengths = [9, 30, 1, 17, 0, 22]
     packing = tw.packing.pack(lengths, 40, device=device.torch)
     assert len(packing.bins) < len(lengths)
@@ -159,23 +159,24 @@ def test_packed_attention_is_that_of_separate_sequences(device, dtype):
     out, _ = packed(*padded)
     for i, n in enumerate(lengths):
         alone = tw.attention(*(heads_first(t[i, :n]) for t in padded), causal=True)
-        assert torch.equal(out[i, :n], alone[0].transpose(0, 1)), f"sequence {i}"
+        assert_same(device, out[i, :n], alone[0].transpose(0, 1), 2, n)
     judge(packed, separate, padded, torch.randn(out.shape).to(out), dtype)
 
 
+@pytest.mark.parametrize("kv_heads", [4, 2])
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-def test_chunked_prefill(device, dtype):
-    """A prefill chunk and three decodes in one call, and each alone: the same bits."""
+def test_chunked_prefill(device, dtype, kv_heads):
+    """A prefill chunk and three decodes in one call, and each alone."""
     chunk, past = 24, (37, 50, 3, 0)
     queries, keys = [chunk, 1, 1, 1], [past[0] + chunk, *(n + 1 for n in past[1:])]
     cu_q, cu_k = (tw.packing.offsets(n, device.torch) for n in (queries, keys))
     q = torch.randn(sum(queries), 4, 64).to(device.torch, dtype)
-    k, v = (torch.randn(sum(keys), 2, 64).to(device.torch, dtype) for _ in range(2))
+    k, v = (torch.randn(sum(keys), kv_heads, 64).to(device.torch, dtype) for _ in range(2))
     lengths = {"max_seqlen_q": chunk, "max_seqlen_k": max(keys)}
     together = tw.attention_varlen(q, k, v, cu_q, cu_k, **lengths, causal=True).split(queries)
     for i, parts in enumerate(zip(q.split(queries), k.split(keys), v.split(keys), strict=True)):
         alone = tw.attention(*map(heads_first, parts), causal=True)
-        assert torch.equal(together[i], alone[0].transpose(0, 1)), f"sequence {i}"
+        assert_same(device, together[i], alone[0].transpose(0, 1), 4 // kv_heads, queries[i])
 
 
 def test_chunks_are_the_whole_prompt(device):
