@@ -97,9 +97,11 @@ def test_prompt(device, dtype, options):
 
 
 @pytest.mark.modes
-@pytest.mark.parametrize("dim,dtype", [(64, torch.bfloat16), (128, torch.float16)], ids=["d64", "d128"])
+@pytest.mark.parametrize(
+    "dim,dtype", [(64, torch.bfloat16), (128, torch.float16), (72, torch.bfloat16)], ids=["d64", "d128", "d72"]
+)
 @pytest.mark.parametrize("options", [{}, {"causal": False}, {"window": (50, 3), "softcap": 9.0}], ids=str)
-@pytest.mark.parametrize("page_size", [8, 24, 256])
+@pytest.mark.parametrize("page_size", [1, 7, 16, 96, 256])
 def test_many_tokens(device, page_size, options, dim, dtype):
     """Tokens enough for the tiles that attention without pages has; what stands behind a sequence is NaN."""
     q, pages, table, lens = case(2, 2, 1, 70, dim, page_size, dtype, 150)

@@ -9,7 +9,7 @@ from mutations import _ring
 from tilewise.reference import attention as reference
 
 FAMILY = "attention"
-HOPPER = "attention/cuda/forward_sm90.h"
+HOPPER, KEYS = "attention/cuda/forward_sm90.h", "attention/cuda/keys_sm90.h"
 STAGED = "    fence_proxy_async();\n    bar_sync(kGroup + group, 128);"
 SCORES_ARRIVED = "    wgmma_wait<1>(scores);\n    release(k_empty);"
 SCORES_RELEASED_EARLY = "    release(k_empty);\n    wgmma_wait<1>(scores);"
@@ -25,16 +25,23 @@ MUTATIONS = [
     Mutation("keys_released_early", HOPPER, SCORES_ARRIVED, SCORES_RELEASED_EARLY, "race"),
     Mutation("values_stepped_wrong", HOPPER, "(v, i * 2048)", "(v, i * 1024)", "plain"),
     Mutation("foreign_values", HOPPER, "      clear_rows<", "      if (false) clear_rows<", "plain"),
-    Mutation("bytes_miscounted", HOPPER, "Rows * D * sizeof(T));\n#pragma", "Rows * D);\n#pragma", "plain"),
+    Mutation("bytes_miscounted", KEYS, "Keys * D * sizeof(T));", "Keys * D);", "plain"),
     Mutation("nobody_begins", HOPPER, "if (c.group == 1) bar_arrive(kTurn", "if (false) bar_arrive(kTurn", "plain"),
     Mutation("not_rescaled", HOPPER, "    if (c.outgrown) {", "    if (false) {", "plain"),
     Mutation("weights_too_early", HOPPER, "    wgmma_wait<0>(out);\n    if (c.adding)", WEIGHTS_EARLY, "plain"),
     Mutation(
         "mask_of_other_warp", HOPPER, "(warp_id() & 3) * 16;\n  }\n\n  // Scores", "0;\n  }\n\n  // Scores", "plain"
     ),
-    Mutation("page_of_first_box", HOPPER, "shfl(own_page, row / a.box_rows)", "shfl(own_page, 0)", "plain"),
-    Mutation("slot_of_first_box", HOPPER, "(key + row) % a.table.page_size", "key % a.table.page_size", "plain"),
-    Mutation("stale_values", HOPPER, "a.p.cu_seqlens_k || a.seq_lens;", "a.p.cu_seqlens_k;", "plain"),
+    Mutation("page_of_first_box", KEYS, "page = shfl(own.page, i)", "page = shfl(own.page, 0)", "plain"),
+    Mutation("slot_of_first_box", KEYS, "slot = shfl(own.slot, i)", "slot = shfl(own.slot, 0)", "plain"),
+    Mutation("stale_values", HOPPER, "(a.seq_lens && Source::kBoxed)", "false", "plain"),
+    Mutation("page_of_next_tile", HOPPER, "place = next_place)", "place = place)", "plain"),
+    Mutation("gathered_rows_not_fenced", KEYS, "    fence_proxy_async();  // wgmma", "    // wgmma", "race"),
+    Mutation("gathered_rows_not_awaited", KEYS, "    cp_async_wait<Newer>();\n", "", "race"),
+    Mutation("rows_never_announced", KEYS, "cp_async_commit();\n    announce<1>();", "cp_async_commit();", "plain"),
+    Mutation("last_rows_not_announced", KEYS, "finish() { announce<0>(); }", "finish() {}", "plain"),
+    Mutation("swizzle_of_first_row", KEYS, "(swizzled ^ (i * 8))", "swizzled", "plain"),
+    Mutation("behind_the_sequence", KEYS, "{key < w.seq.k_len ?", "{true ?", "plain"),
     Mutation("sink_dropped", HOPPER, "add_sink(c, out, mask.sink());", ";", "plain"),
     Mutation("nothing_dropped", HOPPER, "    mask.drop_keys(as_fragment(scores), query, key);\n", "", "plain"),
     Mutation(
@@ -78,14 +85,15 @@ def _check_packed():
     _assert_close(out[:40], expected[0].transpose(0, 1))
 
 
-def _check_paged():
-    """Two sequences in pages of 24, boxes of 8; NaN stand behind the first."""
-    q, k, v = (torch.cat([t, t.flip(2)]) for t in _inputs(2, 70, 168))
-    lens, table = torch.tensor([100, 168], dtype=torch.int32), torch.randperm(14).int().view(2, 7)
+def _check_paged(size):
+    """Two sequences in pages of some size; NaN stand behind the first."""
+    q, k, v = (torch.cat([t, t.flip(2)]) for t in _inputs(2, 70, 192))
+    count = 192 // size
+    lens, table = torch.tensor([100, 192], dtype=torch.int32), torch.randperm(2 * count).int().view(2, count)
     k[0, :, 100:] = v[0, :, 100:] = torch.nan
-    pages = torch.empty(2, 14, 24, 2, 64, dtype=torch.bfloat16)
+    pages = torch.empty(2, 2 * count, size, 2, 64, dtype=torch.bfloat16)
     for of, t in zip(pages, (k, v), strict=True):
-        of[table.flatten().long()] = t.transpose(1, 2).reshape(14, 24, 2, 64)
+        of[table.flatten().long()] = t.transpose(1, 2).reshape(2 * count, size, 2, 64)
     out = tw.paged_attention(q, *pages, table, lens)
     for b, length in enumerate(lens.tolist()):
         alone = (t[b : b + 1].double() for t in (q, k[:, :, :length], v[:, :, :length]))
@@ -98,5 +106,6 @@ def check():
         _check(4, 150, 600, causal=True)
         _check(2, 9, 300, slope=9.0)
         _check_packed()
-        _check_paged()
+        _check_paged(96)  # boxes of 32
+        _check_paged(12)  # gathered
         _check(2, 150, 300, block_mask=tw.BlockMask(blocks, 32), sink_logits=torch.ones(2), dropout=0.2)

@@ -19,6 +19,7 @@ FACTS = {
     "::BiasGradient<.*TensorEngine": {**_TENSOR_CORES, r"STG.*\.128": 0, "HMMA": ">=16"},
     "::BiasGradient<.*AnyEngine": {**_NO_SPILLS, "FFMA": ">=64"},
     "::ForwardSm90<": {**_NO_SPILLS, "registers": 168, "HGMMA": ">=12", "UTMALDG": ">0", "USETMAXREG": 2},
+    "::ForwardSm90<.*GatheredKeys": {r"LDGSTS.*\.128": ">0", r"LDGSTS(?!.*(128|E$))": 0, "UTMALDG": "<=4"},
     "::BackwardQueriesSm90<": {**_NO_SPILLS, "registers": 168, "HGMMA": ">=12", "UTMALDG": ">0", "USETMAXREG": 2},
     "::Backward(Queries|Keys)Sm90<.*(Dense|Causal)": {"HGMMA": "<=30"},
     "::BackwardKeysSm90<": {**_NO_SPILLS, "registers": 168, r"STG.*\.128": ">0", "UTMALDG": ">0", "USETMAXREG": 2},

@@ -31,6 +31,7 @@ template <class T, int D, int Rows, int Stages>
 struct BackwardSm90 {
   static constexpr int kMinArch = kSm90a, kMinBlocks = 1, kThreads = 384;
   static constexpr int kGroupRows = 64, kOwned = 2 * kGroupRows, kAtoms = D / 64;
+  static constexpr int kProducerWarps = 1;
   static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;  // 128 (24 + 2 * 240) = 384 * 168 at launch
   static constexpr uint32_t kOwnedBytes = kGroupRows * D * sizeof(T), kTileBytes = Rows * D * sizeof(T);
   static constexpr int kGroup = 1, kConsumers = 3;  // named barriers; the first by group

@@ -1,29 +1,16 @@
 // FlashAttention-3 (Shah et al., arXiv:2407.08608) forward for fp16 and bf16 on sm_90a: TMA, mbarriers, wgmma, warp
 // specialisation, ping-pong, persistent blocks.
 //
-// A block is one producer warpgroup, of which one warp issues copies, and two consumer warpgroups of 64 queries each.
+// A block is one producer warpgroup (keys_sm90.h) and two consumer warpgroups of 64 queries each.
 // A consumer issues Q K^T of a tile of keys and then P V of the tile before, so that its softmax runs beside P V and,
 // because the groups take turns at issuing, beside the products of the other group. Tiles of keys go downwards: those
 // that need masking come first.
 #pragma once
 #include "attention/cuda/general.h"
+#include "attention/cuda/keys_sm90.h"
 #include "attention/cuda/mask.h"
-#include "attention/cuda/ring.h"
-#include "common/paged/cuda/pages.h"
 
 namespace tilewise::attention {
-
-struct ForwardSm90Args {
-  TensorMap q, k, v, out;  // (d, rows, heads, batch) with boxes of 64 columns; out is unused for packed sequences
-  ForwardParams p;
-  // Of keys and values in pages, else null: their maps are (d, slots, heads, pages), a box is `box_rows` of a page.
-  paged::BlockTable table;
-  const int32_t* seq_lens;
-  int box_rows;
-  int tiles;    // of queries, per sequence and head
-  int section;  // heads that are worked on together: their keys and values fit into the L2 cache
-  uint32_t* fault;
-};
 
 // 2^x on the FMA units, for x <= 0: within 3e-6 of it, so that lse keeps its accuracy. The polynomial is exactly 1 at
 // 0, so that everything from -127 down, -inf too, gives exactly 0.
@@ -36,11 +23,14 @@ SIMT_DEVICE float exp2_fma(float x) {
   return bits_f32(f32_bits(power) + (f32_bits(shifted) << 23));
 }
 
-template <class T, int D, int Keys, class Mask>
+template <class T, int D, int Keys, class Mask, template <class, int, int> class KeySource = BoxedKeys>
 struct ForwardSm90 {
+  using Source = KeySource<T, D, Keys>;
   static constexpr int kMinArch = kSm90a, kMinBlocks = 1, kThreads = 384;
-  static constexpr int kGroupQueries = 64, kQueries = 2 * kGroupQueries, kKeys = Keys, kStages = 2, kAtoms = D / 64;
-  static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;  // 128 (24 + 2 * 240) = 384 * 168 at launch
+  static constexpr int kGroupQueries = 64, kQueries = 2 * kGroupQueries, kKeys = Keys, kStages = kForwardStages,
+                       kAtoms = D / 64;
+  static constexpr int kProducerWarps = Source::kWarps;
+  static_assert(Source::kProducerRegisters + 2 * Source::kConsumerRegisters == 3 * 168, "those of launch, shared out");
   static constexpr uint32_t kQueryBytes = kGroupQueries * D * sizeof(T), kKeyBytes = kKeys * D * sizeof(T);
   static constexpr int kTurn = 1, kGroup = 3, kConsumers = 5;  // named barriers; the first two by group
   static constexpr float kSlack = 8.f;  // the output is rescaled only when a row's maximum grew by more than 2^kSlack
@@ -59,7 +49,7 @@ struct ForwardSm90 {
   using Output = float[D / 2];
   using Weights = uint32_t[kKeys / 16][4];  // scores as A operand
 
-  using Stages = Ring<kStages>;
+  using Stages = typename Source::Stages;
 
   SIMT_DEVICE static Work work_at(const Params& a, int index) {
     const ForwardParams& p = a.p;
@@ -80,48 +70,19 @@ struct ForwardSm90 {
   }
   SIMT_DEVICE static int work_count(const Params& a) { return a.tiles * a.p.q_heads * a.p.batch; }
 
-  // ---- producer: one warp, whose `leader` issues the copies ----
-  template <int Rows>
-  SIMT_DEVICE static void load(bool leader, T* to, const TensorMap& map, uint64_t* full, int row, int head, int batch) {
-    if (!leader) return;
-    mbar_arrive_expect_tx(full, Rows * D * sizeof(T));
+  // ---- producer ----
+  SIMT_DEVICE static void load_queries(const Params& a, Smem& s, const Work& w, int group) {
+    mbar_arrive_expect_tx(&s.q_full[group], kQueryBytes);
+    const int row = static_cast<int>(w.seq.q_row) + w.first + group * kGroupQueries;
 #pragma unroll
     for (int atom = 0; atom < kAtoms; atom++)
-      tma_load_4d(to + atom * Rows * 64, &map, full, atom * 64, row, head, batch);
-  }
-  // Boxes out of pages. What the sequence or the pool does not have lies outside the map: it arrives as zeros. Every
-  // lane has looked up the page of one box.
-  SIMT_DEVICE static void load_pages(bool leader, T* to, const TensorMap& map, uint64_t* full, const Params& a, int key,
-                                     int kv_head, int own_page) {
-    if (leader) mbar_arrive_expect_tx(full, kKeyBytes);
-    for (int row = 0; row < kKeys; row += a.box_rows) {
-      const int page = shfl(own_page, row / a.box_rows);
-      const int slot = page < 0 ? a.table.page_size : (key + row) % a.table.page_size;
-      if (!leader) continue;
-#pragma unroll
-      for (int atom = 0; atom < kAtoms; atom++)
-        tma_load_4d(to + atom * kKeys * 64 + row * 64, &map, full, atom * 64, slot, kv_head, max_of(page, 0));
-    }
-  }
-  SIMT_DEVICE static int own_page(const Params& a, const Work& w, int key) {
-    const int row = lane_id() * a.box_rows;
-    return row < kKeys && key + row < w.seq.k_len ? paged::page_of(a.table, w.sequence, key + row, a.fault) : -1;
-  }
-  SIMT_DEVICE static void load_keys(bool leader, const Params& a, T* to, const TensorMap& map, uint64_t* full,
-                                    uint64_t* empty, Stages& ring, const Work& w, int tile, int kv_head) {
-    const int stage = ring.stage(), page = a.seq_lens ? own_page(a, w, tile * kKeys) : 0;
-    ring.await_empty(empty);
-    if (a.seq_lens)
-      load_pages(leader, to + stage * kKeys * D, map, &full[stage], a, tile * kKeys, kv_head, page);
-    else
-      load<kKeys>(leader, to + stage * kKeys * D, map, &full[stage], static_cast<int>(w.seq.k_row) + tile * kKeys,
-                  kv_head, w.seq.batch);
-    ring.used++;
+      tma_load_4d(s.q[group] + atom * kGroupQueries * 64, &a.q, &s.q_full[group], atom * 64, row, w.head, w.seq.batch);
   }
 
   SIMT_DEVICE static void produce(const Params& a, Smem& s) {
     const ForwardParams& p = a.p;
-    const bool leader = elect_one();
+    const bool leader = warp_id() == 0 && elect_one();
+    Source source{a, leader};
     Stages keys, values;
     int queries = 0;  // tiles loaded
     for (int index = static_cast<int>(block_idx().x); index < work_count(a); index += static_cast<int>(grid_dim().x)) {
@@ -131,19 +92,23 @@ struct ForwardSm90 {
       if (tile < 0) continue;
       // In the order in which they are used: K, Q, K, V, K, V, ... V.
       const int kv_head = kv_head_of(p, w.head);
-      load_keys(leader, a, s.k[0], a.k, s.k_full, s.k_empty, keys, w, tile, kv_head);
+      PagePlace place = source.look_up(w, tile), next_place = place;
+      source.template load<false>(s.k[0], s.k_full, s.k_empty, keys, w, tile, place, kv_head);
       for (int g = 0; g < 2; g++) {
         if (queries > 0) mbar_wait(&s.q_empty[g], static_cast<uint32_t>(queries - 1) & 1);
-        load<kGroupQueries>(leader, s.q[g], a.q, &s.q_full[g],
-                            static_cast<int>(w.seq.q_row) + w.first + g * kGroupQueries, w.head, w.seq.batch);
+        if (leader) load_queries(a, s, w, g);
       }
       queries++;
-      for (int next; tile >= 0; tile = next) {
+      for (int next; tile >= 0; tile = next, place = next_place) {
         next = next_tile(mask, w, tile);
-        if (next >= 0) load_keys(leader, a, s.k[0], a.k, s.k_full, s.k_empty, keys, w, next, kv_head);
-        load_keys(leader, a, s.v[0], a.v, s.v_full, s.v_empty, values, w, tile, kv_head);
+        if (next >= 0) {
+          next_place = source.look_up(w, next);
+          source.template load<false>(s.k[0], s.k_full, s.k_empty, keys, w, next, next_place, kv_head);
+        }
+        source.template load<true>(s.v[0], s.v_full, s.v_empty, values, w, tile, place, kv_head);
       }
     }
+    source.finish();
   }
 
   // ---- consumers ----
@@ -286,7 +251,8 @@ struct ForwardSm90 {
       weigh<true>(mask, c, query, tile * kKeys, scale_log2, scores);
       c.outgrown = c.adding = false;
     }
-    const bool foreign = a.p.cu_seqlens_k || a.seq_lens;  // TMA leaves zeros past the end of the tensor only
+    // TMA leaves zeros past the end of the tensor only.
+    const bool foreign = a.p.cu_seqlens_k || (a.seq_lens && Source::kBoxed);
     if (foreign && (tile + 1) * kKeys > w.seq.k_len) {
       wait_for(s.v_full, c.values, c.v);
       // Rows of another sequence, or stale: their weights are zero, but 0 * NaN is NaN.
@@ -441,7 +407,7 @@ struct ForwardSm90 {
   }
 
   SIMT_DEVICE static void run(const Params& a, Smem& s) {
-    run_roles<ForwardSm90, kProducerRegisters, kConsumerRegisters>(a, s);
+    run_roles<ForwardSm90, Source::kProducerRegisters, Source::kConsumerRegisters>(a, s);
   }
 };
 

@@ -1,4 +1,4 @@
-// What the Hopper kernels share: rings of stages that one producer warp fills by TMA and two consumer warpgroups read.
+// What the Hopper kernels share: rings of stages that producer warps fill and two consumer warpgroups read.
 #pragma once
 #include "simt/simt.h"
 
@@ -8,9 +8,9 @@ using namespace simt;
 
 constexpr int kConsumerThreads = 2 * 128;  // behind the producer's warpgroup
 
-// Where in a ring of stages a role is. A stage has a barrier for "full", which one copying thread arrives at, and one
-// for "empty", which every consumer warp does.
-template <int Stages>
+// Where in a ring of stages a role is. A stage has a barrier for "full", which `Copiers` arrive at, and one for
+// "empty", which every consumer warp does.
+template <int Stages, int Copiers = 1>
 struct Ring {
   int used = 0;
   SIMT_DEVICE int stage() const { return used % Stages; }
@@ -19,7 +19,7 @@ struct Ring {
 
   SIMT_DEVICE static void init(uint64_t* full, uint64_t* empty) {
     for (int i = 0; i < Stages; i++) {
-      mbar_init(&full[i], 1);
+      mbar_init(&full[i], Copiers);
       mbar_init(&empty[i], kConsumerThreads / kWarp);
     }
   }
@@ -50,7 +50,8 @@ SIMT_DEVICE void clear_rows(T* tiles, int first, int barrier) {
   bar_sync(barrier, kConsumerThreads);
 }
 
-// The first warpgroup gives its registers to the others. `Kernel` has init_barriers, produce, of one warp, and consume.
+// The first warpgroup gives its registers to the others. `Kernel` has init_barriers, produce, of kProducerWarps warps,
+// and consume.
 template <class Kernel, int ProducerRegisters, int ConsumerRegisters, class Params, class Smem>
 SIMT_DEVICE void run_roles(const Params& a, Smem& s) {
   if (thread_id() == 0) {
@@ -60,7 +61,7 @@ SIMT_DEVICE void run_roles(const Params& a, Smem& s) {
   sync_block();
   if (warp_id() < 4) {
     reg_dealloc<ProducerRegisters>();
-    if (warp_id() == 0) Kernel::produce(a, s);
+    if (warp_id() < Kernel::kProducerWarps) Kernel::produce(a, s);
   } else {
     reg_alloc<ConsumerRegisters>();
     Kernel::consume(a, s);

@@ -303,7 +303,7 @@ void begin_async_write(int tid, const void* p, size_t bytes, rt::Site at) {
 void end_async_write(int tid, const void* p, size_t bytes, rt::Site at) {
   for_each_byte(p, bytes, [&](Region& r, size_t offset) {
     if (r.cells[offset].write_tid != tid) return;
-    set_write(r.cells[offset], tid, c.clocks[tid][tid], at_site(at), Cell::kInitialised);
+    set_write(r.cells[offset], tid, c.clocks[tid][tid], at_site(at), Cell::kInitialised | Cell::kGeneric);
   });
 }
 

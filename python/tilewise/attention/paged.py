@@ -52,8 +52,8 @@ def paged_attention(
     2023, Flash-Decoding); pages are those of Kwon et al. (vLLM, arXiv:2309.06180). K and V are read once for all the
     queries and heads that share them. On CPU the result has the same bits for any number of threads.
 
-    On CUDA, tensor cores serve fp16 and bf16 with D 64 or 128 and 16-byte rows, any page size; on Hopper, TMA and wgmma
-    from 64 tokens on if the page size is a multiple of 8 and there is one range of keys; the fp32 units all the rest.
+    On CUDA, tensor cores serve fp16 and bf16 with D 64 or 128 and 16-byte rows, any page size; on Hopper, wgmma from 64
+    tokens on for multiples of 8 to 128 if there is one range of keys; the fp32 units all the rest.
 
     Args:
         q: (B, Hq, S, D), float32, float16 or bfloat16; D from 1 to 256; any strides whose last dimension is contiguous.

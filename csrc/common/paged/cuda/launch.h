@@ -17,10 +17,9 @@ inline bool aligned(const void* p, std::initializer_list<int64_t> strides) {
 
 inline bool queries_aligned(const AttentionParams& p) {
   const TokenStrides &q = p.q_strides, &out = p.out_strides;
-  return (p.dim == 64 || p.dim == 128) && aligned(p.q, {q.batch, q.token, q.head}) &&
-         aligned(p.out, {out.batch, out.token, out.head});
+  return aligned(p.q, {q.batch, q.token, q.head}) && aligned(p.out, {out.batch, out.token, out.head});
 }
-inline bool tensor_cores_serve(const AttentionParams& p) {
+inline bool rows_aligned(const AttentionParams& p) {
   const PageStrides &k = p.k_strides, &v = p.v_strides;
   return queries_aligned(p) && aligned(p.k_pages, {k.page, k.slot, k.head}) &&
          aligned(p.v_pages, {v.page, v.slot, v.head});
@@ -54,7 +53,7 @@ const char* launch_numbers(const Args<typename Visibility::Params>& a, const Run
 template <class T, class Visibility>
 const char* attend_numbers(const Args<typename Visibility::Params>& a, const Runtime& rt) {
   if constexpr (!is_same_v<T, float>)
-    if (tensor_cores_serve(a.p))
+    if ((a.p.dim == 64 || a.p.dim == 128) && rows_aligned(a.p))
       return a.p.dim == 64 ? launch_numbers<T, 64, Visibility>(a, rt) : launch_numbers<T, 128, Visibility>(a, rt);
   return launch_rows<T, Visibility>(a, rt);
 }

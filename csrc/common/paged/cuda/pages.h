@@ -7,13 +7,18 @@ namespace tilewise::paged {
 
 using namespace simt;
 
-// The page of `position`, which the table has; -1 if the pool has no such page. Without pages, sequence b is page b.
-SIMT_DEVICE int page_of(const BlockTable& table, int b, int position, uint32_t* fault) {
+// Entry `index` of a sequence's pages, which the table has; -1 if the pool has no such page. Without pages, sequence b
+// is page b.
+SIMT_DEVICE int page_at(const BlockTable& table, int b, int index, uint32_t* fault) {
   if (!table.pages) return b;
-  const int page = table.pages[b * table.row_stride + position / table.page_size];
+  const int page = table.pages[b * table.row_stride + index];
   if (page >= 0 && page < table.pool) return page;
   *fault = kBadBlockTable;
   return -1;
+}
+// The page of `position`.
+SIMT_DEVICE int page_of(const BlockTable& table, int b, int position, uint32_t* fault) {
+  return page_at(table, b, position / table.page_size, fault);
 }
 
 // Where `position` stands; page -1 if there is no such place.
