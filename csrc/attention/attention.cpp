@@ -4,6 +4,8 @@
 #include <utility>
 
 #include "attention/arguments.h"
+#include "attention/packing.h"
+#include "common/paged/checks.h"
 
 namespace tilewise {
 
@@ -15,6 +17,7 @@ using attention::Arguments;
 using attention::BackwardParams;
 using attention::ForwardParams;
 using attention::Kernels;
+using attention::PagedParams;
 using attention::type_of;
 using attention::View;
 using attention::view_of;
@@ -87,6 +90,18 @@ attention::Rules rules_of(const Arguments& a, const AttentionOptions& options, c
       .rules();
 }
 
+// What of `p` decides about ranges of keys: the result's shapes, and the type.
+int splits_of(const Tensor& q, const Tensor& k) {
+  if (host_checks_indices(q.device) || q.ndim != 4 || k.ndim != 4 || q.numel() == 0 || k.numel() == 0) return 1;
+  if (q.shape[2] > attention::kFewQueries) return 1;
+  PagedParams p = {};
+  p.batch = int(q.shape[0]), p.q_heads = int(q.shape[1]), p.tokens = int(q.shape[2]), p.dim = int(q.shape[3]);
+  p.kv_heads = int(k.shape[1]);
+  p.table.pages_per_row = 1, p.table.page_size = int(k.shape[2]);
+  p.type = paged::type_of(q);
+  return paged::cuda_splits(p);
+}
+
 bool nothing_to_do(const ForwardParams& p) {
   return p.batch == 0 || p.q_heads == 0 || p.seq_q == 0;
 }
@@ -126,7 +141,13 @@ void run_forward(const char* operation, const Tensor& q, const Tensor& k, const 
   ForwardParams p = forward_params(q, k, v, out, lse, options);
   if (sequences) pack(a, *sequences, p);
   p.rules = rules_of(a, options, p, sequences);
-  if (!nothing_to_do(p)) run_kernel(operation, kKernels, q.device, &Kernels::forward, p, stream);
+  if (nothing_to_do(p)) return;
+  const int splits = options.workspace && !sequences && attention::is_decoding(p) ? splits_of(q, k) : 1;
+  if (splits == 1) return run_kernel(operation, kKernels, q.device, &Kernels::forward, p, stream);
+  PagedParams pages = attention::as_pages(p);
+  pages.splits = splits;
+  pages.workspace = paged::check_workspace(a.check, options.workspace, attention_workspace(q, k), q);
+  run_kernel(operation, kKernels, q.device, &Kernels::paged, pages, stream);
 }
 
 void run_backward(const char* operation, const Tensor& dout, const Tensor* dlse, const Tensor& q, const Tensor& k,
@@ -188,6 +209,11 @@ void attention_pack_mask(const Tensor& mask, int64_t keys, const Tensor& words, 
   p.key_stride = mask.shape[3] == 1 ? 0 : mask.strides[3];
   p.keys = keys;
   if (words.numel() > 0) run_kernel("attention_pack_mask", kKernels, mask.device, &Kernels::pack_mask, p, stream);
+}
+
+int64_t attention_workspace(const Tensor& q, const Tensor& k) {
+  const int splits = splits_of(q, k);
+  return splits > 1 ? paged::workspace_floats(splits, q.numel() / q.shape[3], q.shape[3]) : 0;
 }
 
 void attention_forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& lse,

@@ -57,9 +57,11 @@ void bind_attention(py::module_& m) {
         attention_forward(q, k, v, out, lse, options, stream);
       },
       py::arg(), py::arg(), py::arg(), py::arg(), py::arg(), py::arg("causal") = false, py::arg("scale") = py::none());
-  m.def("attention_forward", [](T q, T k, T v, T out, T lse, const py::tuple& options) {
+  m.def("attention_workspace", [](T q, T k) { return attention_workspace(q, k); });
+  m.def("attention_forward", [](T q, T k, T v, T out, T lse, const py::tuple& options, OptionalT workspace) {
     void* stream = q.stream();
-    const Options o(options);
+    Options o(options);
+    o.value.workspace = pointer_to(workspace);
     const Release release;
     attention_forward(q, k, v, out, lse, o.value, stream);
   });
@@ -123,9 +125,10 @@ void bind_attention(py::module_& m) {
     const Release release;
     attention_pack_mask(mask, keys, words, stream);
   });
-  m.def("paged_attention_workspace", [](T q, T k_pages, T v_pages, T block_table, Length num_splits) {
+  m.def("paged_attention_workspace", [](T q, T k_pages, T v_pages, T block_table, Length num_splits, int format) {
     PagedAttentionOptions options;
     options.num_splits = num_splits;
+    options.format = static_cast<CacheFormat>(format);
     return paged_attention_workspace(q, {k_pages, v_pages, block_table}, options);
   });
   m.def("paged_attention", [](T q, T k_pages, T v_pages, T block_table, T seq_lens, bool causal, Scale scale,

@@ -37,8 +37,10 @@ void set_options(const Check& check, const PagedAttentionOptions& options, Paged
     check.that(*options.num_splits >= 1, "num_splits", "is %ld, expected at least 1", *options.num_splits);
 }
 
-// The sizes that decide about ranges of keys.
-void set_sizes(const Tensor& q, const Cache& cache, PagedParams& p) {
+// What decides about ranges of keys.
+void set_sizes(const Tensor& q, const Cache& cache, const PagedAttentionOptions& options, PagedParams& p) {
+  p.type = paged::type_of(q);
+  p.format = paged::Format(options.format);
   p.batch = int(q.shape[0]), p.q_heads = int(q.shape[1]), p.tokens = int(q.shape[2]), p.dim = int(q.shape[3]);
   p.kv_heads = int(cache.k_pages.shape[2]);
   p.table.pages_per_row = int(cache.block_table.shape[1]), p.table.page_size = int(cache.k_pages.shape[1]);
@@ -92,7 +94,7 @@ int64_t paged_attention_workspace(const Tensor& q, const Cache& cache, const Pag
   if (host_checks_indices(q.device) || q.ndim != 4 || cache.k_pages.ndim != 4 || cache.block_table.ndim != 2) return 0;
   if (cache.k_pages.shape[2] == 0 || q.numel() == 0) return 0;
   PagedParams p = {};
-  set_sizes(q, cache, p);
+  set_sizes(q, cache, options, p);
   return paged::workspace_floats(splits_of(options, p, false), q.numel() / q.shape[3], q.shape[3]);
 }
 
@@ -113,7 +115,7 @@ void paged_attention(const Tensor& q, const Cache& cache, const Tensor& seq_lens
   check.same_device(seq_lens, "seq_lens", q, "q");
   check.contiguous(seq_lens, "seq_lens");
   PagedParams p = {};
-  set_sizes(q, cache, p);
+  set_sizes(q, cache, options, p);
   p.table = paged::check_block_table(check, cache.block_table, k_pages, p.batch);
   set_options(check, options, p);
   p.q = q.data, p.k_pages = k_pages.data, p.v_pages = v_pages.data, p.out = out.data, p.lse = lse.ptr<float>();
@@ -121,8 +123,6 @@ void paged_attention(const Tensor& q, const Cache& cache, const Tensor& seq_lens
   p.out_strides = {out.strides[0], out.strides[2], out.strides[1]};
   p.lse_strides = {lse.strides[0], lse.strides[2], lse.strides[1]};
   p.k_strides = paged::page_strides(k_pages), p.v_strides = paged::page_strides(v_pages);
-  p.type = paged::type_of(q);
-  p.format = paged::Format(options.format);
   p.k_channels = attention::check_channels(check, options.k_channels, "k_channels", options.format, k_pages, p.dim);
   p.v_channels = attention::check_channels(check, options.v_channels, "v_channels", options.format, k_pages, p.dim);
   p.seq_lens = seq_lens.ptr<int32_t>();

@@ -233,7 +233,8 @@ int64_t tree_attention_workspace(const Tensor& q, const Tensor& k_pages, const T
   if (k_pages.shape[2] == 0 || q.numel() == 0) return 0;
   paged::AttentionParams p = {};
   p.batch = int(q.shape[0]), p.tokens = int(q.shape[1]), p.q_heads = int(q.shape[2]);
-  p.kv_heads = int(k_pages.shape[2]);
+  p.kv_heads = int(k_pages.shape[2]), p.dim = int(q.shape[3]);
+  p.type = type_of(q);
   p.table.pages_per_row = int(block_table.shape[1]), p.table.page_size = int(k_pages.shape[1]);
   return paged::workspace_floats(paged::cuda_splits(p), q.numel() / q.shape[3], q.shape[3]);
 }

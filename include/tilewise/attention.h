@@ -32,7 +32,11 @@ struct AttentionOptions {
   const Tensor* sink_logits = nullptr;   // f32 [Hq]: a further score of every row, without a value
   const Tensor* alibi_slopes = nullptr;  // f32 [B, Hq]: slope * |key - diagonal| is subtracted
   const Tensor* dropout_seed = nullptr;  // i64 [1]: the same seed drops the same weights, on every device
+  const Tensor* workspace = nullptr;     // forward on CUDA: of attention_workspace floats; without, keys are not split
 };
+
+// How many floats of workspace let few queries share out their keys over the GPU; 0 on CPU, and where they do not.
+int64_t attention_workspace(const Tensor& q, const Tensor& k);
 
 // A boolean mask [B, Hq, S, Sk] (true = attend; any of the sizes may be 1) as bits: words [B, Hq, S, ceil(keys / 32)]
 // with bit j % 32 of word j / 32 for key j. Where the mask has 1 in place of Sk, it holds for all `keys`.

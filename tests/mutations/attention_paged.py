@@ -43,12 +43,12 @@ MUTATIONS = [
     Mutation("upper_halves_lost", PAGED_CODES, "upper(column, half) ? 0x7632", "false ? 0x7632", "plain"),
     Mutation(
         "packed_heads_swapped",
-        "attention/cuda/paged.cu",
+        "attention/packing.h",
         "{s.batch, s.row, s.head}; };\n  PagedParams",
         "{s.batch, s.head, s.row}; };\n  PagedParams",
         "plain",
     ),
-    Mutation("packed_window_lost", "attention/cuda/paged.cu", "p.causal ? 0 : p.rules", "p.rules", "plain"),
+    Mutation("packed_window_lost", "attention/packing.h", "p.causal ? 0 : p.rules", "p.rules", "plain"),
     Mutation("factors_of_first_group", PAGED_CODES, "exponents[n][1], word / 4)", "exponents[n][1], 0)", "plain"),
 ]
 

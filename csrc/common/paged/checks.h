@@ -4,7 +4,7 @@
 #include <climits>
 
 #include "common/check.h"
-#include "common/paged/params.h"
+#include "common/paged/splits.h"
 
 namespace tilewise::paged {
 
@@ -64,20 +64,6 @@ inline void check_pages(const Check& check, const BlockTable& table, int64_t b, 
   for (int64_t i = from / table.page_size; i * table.page_size < end; i++)
     check.that(row[i] >= 0 && row[i] < table.pool, "block_table", "[%ld, %ld] is %d, expected 0 <= page < %d", b, i,
                row[i], table.pool);
-}
-
-// Ranges of keys that the CUDA kernels share out. Only shapes decide: the lengths are on the device.
-inline int cuda_splits(const AttentionParams& p) {
-  constexpr int64_t kBlocks = 264, kRows = 64, kMinKeys = 256;  // two blocks for each of 132 multiprocessors
-  const int64_t rows = int64_t(p.tokens) * (p.q_heads / p.kv_heads), tiles = (rows + kRows - 1) / kRows;
-  const int64_t units = std::max<int64_t>(1, int64_t(p.batch) * p.kv_heads * tiles);
-  const int64_t capacity = int64_t(p.table.pages_per_row) * p.table.page_size;
-  return int(std::max<int64_t>(1, std::min((kBlocks + units - 1) / units, capacity / kMinKeys)));
-}
-
-// Floats of workspace for partial results.
-inline int64_t workspace_floats(int64_t splits, int64_t rows, int64_t dim) {
-  return splits > 1 ? splits * rows * (dim + 1) : 0;
 }
 
 inline float* check_workspace(const Check& check, const Tensor* workspace, int64_t needed, const Tensor& q) {

@@ -10,7 +10,9 @@ from tilewise.attention.options import SCHEMA, empty_gradients, empty_outputs, o
 
 def _forward(q, k, v, *options):
     out, lse = empty_outputs(q, v)
-    _C.attention_forward(q, k, v, out, lse, options)
+    floats = _C.attention_workspace(q, k)
+    workspace = q.new_empty(floats, dtype=torch.float32) if floats else None
+    _C.attention_forward(q, k, v, out, lse, options, workspace)
     return out, lse
 
 

@@ -16,7 +16,7 @@ FORMATS = ("native", "int8", "int4", "int2", "bfp12")
 
 def run_paged(q, k_pages, v_pages, block_table, seq_lens, *options):
     out, lse = _empty_outputs(q)
-    floats = _C.paged_attention_workspace(q, k_pages, v_pages, block_table, options[5])
+    floats = _C.paged_attention_workspace(q, k_pages, v_pages, block_table, *options[5:7])
     workspace = q.new_empty(floats, dtype=torch.float32) if floats else None
     _C.paged_attention(q, k_pages, v_pages, block_table, seq_lens, *options, out, lse, workspace)
     return out, lse

@@ -6,6 +6,7 @@
 #include "common/paged/cuda/codes.h"
 #include "common/paged/cuda/numbers.h"
 #include "common/paged/cuda/rows.h"
+#include "common/paged/splits.h"
 
 namespace tilewise::paged {
 
@@ -29,24 +30,25 @@ inline int tile_rows(const AttentionParams& p) {
   return p.tokens * (p.q_heads / p.kv_heads);
 }
 
-template <class T, int D, class Visibility, class Pages>
+template <class T, int D, class Visibility, class Pages, int Rows>
 const char* launch_tiles(const Args<typename Visibility::Params>& a, const Runtime& rt) {
   using K = PagedAttention<T, D, Visibility, Pages>;
+  static_assert(K::kRows == Rows, "what cuda_splits counts with");
   return launch<K>(dim3(ceil_div(tile_rows(a.p), K::kRows), a.p.splits, a.p.batch * a.p.kv_heads), a, rt.stream);
 }
 
 template <class T, class Visibility, class Source = FloatSource<T>>
 const char* launch_rows(const Args<typename Visibility::Params>& a, const Runtime& rt) {
   using K = PagedAttentionRows<T, Visibility, Source>;
+  static_assert(K::kWarps == kSingleRows, "what cuda_splits counts with");
   return launch<K>(dim3(ceil_div(a.p.tokens * a.p.q_heads, K::kWarps), a.p.splits, a.p.batch), a, rt.stream);
 }
 
 // Few rows: the warps share out the keys instead.
 template <class T, int D, class Visibility>
 const char* launch_numbers(const Args<typename Visibility::Params>& a, const Runtime& rt) {
-  constexpr int kFew = 16;
-  return tile_rows(a.p) <= kFew ? launch_tiles<T, D, Visibility, NumberPages<T, D, kTileWarps>>(a, rt)
-                                : launch_tiles<T, D, Visibility, NumberPages<T, D, 1>>(a, rt);
+  return tile_rows(a.p) <= kFewRows ? launch_tiles<T, D, Visibility, NumberPages<T, D, kTileWarps>, kFewRows>(a, rt)
+                                    : launch_tiles<T, D, Visibility, NumberPages<T, D, 1>, kManyRows>(a, rt);
 }
 
 // Pages of float32 or other head dims, and rows that are not aligned, are left to the kernel of rows.
@@ -64,9 +66,9 @@ const char* attend_codes(const Args<typename Visibility::Params>& a, const Runti
     using Narrow = CodePages<T, 64, Source>;
     using Wide = CodePages<T, 128, Source>;
     if (queries_aligned(a.p) && a.p.dim == 64 && Narrow::aligned(a.p))
-      return launch_tiles<T, 64, Visibility, Narrow>(a, rt);
+      return launch_tiles<T, 64, Visibility, Narrow, kCodeRows>(a, rt);
     if (queries_aligned(a.p) && a.p.dim == 128 && Wide::aligned(a.p))
-      return launch_tiles<T, 128, Visibility, Wide>(a, rt);
+      return launch_tiles<T, 128, Visibility, Wide, kCodeRows>(a, rt);
   }
   return launch_rows<T, Visibility, Source>(a, rt);
 }
