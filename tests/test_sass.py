@@ -49,6 +49,18 @@ def test_softmax_runs_beside_the_products_on_hopper():
             )
 
 
+def test_issuing_does_not_limit_the_forward_on_hopper():
+    """Two warps of a scheduler issue the unmasked loop in the time that the tensor cores take for its products."""
+    found = facts_of.loops(next(BUILD.glob("CMakeFiles/tilewise.dir/csrc/attention/cuda/forward_sm90.cu.o")))
+    kernels = {name: bodies for name, bodies in found.items() if re.search("ForwardSm90<.*(Dense|Causal)", name)}
+    assert kernels
+    for name, bodies in kernels.items():
+        dim, keys = map(int, re.search(r"16, (\d+), (\d+),", name).groups())
+        body = min((b for b in bodies if sum("HGMMA" in i for i in b) >= dim // 16 + keys // 16), key=len)
+        clocks = 4 * 128 * keys * dim // 4096
+        assert 2 * len(body) <= clocks, f"{name}: two warps issue {len(body)} instructions each in {clocks} clocks"
+
+
 @pytest.mark.parametrize("kind,second", [("Queries", 0), ("Keys", 1)])
 def test_exponentials_run_beside_the_product_of_dp_on_hopper(kind, second):
     """Between the waits for the scores and for dP stand all exponentials of a step.

@@ -34,7 +34,7 @@ struct ForwardSm90 {
   static constexpr uint32_t kQueryBytes = kGroupQueries * D * sizeof(T), kKeyBytes = kKeys * D * sizeof(T);
   static constexpr int kTurn = 1, kGroup = 3, kConsumers = 5;  // named barriers; the first two by group
   static constexpr float kSlack = 8.f;  // the output is rescaled only when a row's maximum grew by more than 2^kSlack
-  static constexpr int kOnFma = D == 64 ? 4 : 0;  // one in so many exponentials, where the special units would limit
+  static constexpr int kOnFma = D == 64 ? 8 : 0;  // one in so many exponentials, where the special units would limit
   static_assert(D % 64 == 0 && kKeys % 16 == 0, "whole atoms of 64 columns and whole steps of 16 keys");
 
   using Params = ForwardSm90Args;
