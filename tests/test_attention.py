@@ -155,14 +155,20 @@ def test_gradient_of_sum(device):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
 
 
-def test_scores_far_apart(device):
+@pytest.mark.parametrize("causal", [False, True], ids=["dense", "causal"])
+@pytest.mark.parametrize(
+    "dtype,queries,bound",
+    [(torch.float32, 64, 1e-4), (torch.bfloat16, 64, 4e-3), (torch.bfloat16, 150, 4e-3)],  # with a few tiles, and many
+    ids=str,
+)
+def test_scores_far_apart(device, dtype, queries, bound, causal):
     """Rising scores move the running maximum in every block; huge ones must neither overflow nor vanish."""
-    shape = Shape(1, 1, 1, 64, 400, 64, 64).on(device)
-    q, k, v = inputs(shape, torch.float32, device)
-    k *= torch.linspace(0.1, 30, shape.keys, device=device.torch)[:, None]
-    exact = reference.attention(q.double(), k.double(), v.double())
-    out, lse = tw.attention(q, k, v, return_lse=True)
-    assert ((out - exact[0]).norm() / exact[0].norm()) < 1e-4  # float32 scores of a few hundred
+    shape = Shape(1, 1, 1, queries, 400, 64, 64).on(device)
+    q, k, v = inputs(shape, dtype, device)
+    k *= torch.linspace(0.1, 30, shape.keys, device=device.torch)[:, None].to(dtype)
+    exact = reference.attention(q.double(), k.double(), v.double(), causal=causal)
+    out, lse = tw.attention(q, k, v, causal=causal, return_lse=True)
+    assert ((out - exact[0]).norm() / exact[0].norm()) < bound  # float32 scores of a few hundred
     torch.testing.assert_close(lse.double(), exact[1], rtol=1e-5, atol=1e-4)
 
 

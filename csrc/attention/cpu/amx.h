@@ -3,6 +3,7 @@
 #pragma once
 #include "attention/cpu/amx_rules.h"
 #include "attention/cpu/forward.h"
+#include "common/tile_overlap.h"
 
 namespace tilewise {
 namespace {
@@ -83,6 +84,7 @@ struct ForwardTilesTask {
   const Sequence& seq;
   const TaskRows& rows;
   TileAttention<T> attention;
+  OverlappedAttention overlapped;
   AttentionRows states[kTaskTiles];
 
   ForwardTilesTask(const ForwardParams& p, const TaskRows& rows)
@@ -90,14 +92,20 @@ struct ForwardTilesTask {
         seq(rows.seq),
         rows(rows),
         attention(p.dim, p.v_dim, static_cast<float>(p.scale * kLog2e), rows.count(),
-                  p.rules.blocks ? p.rules.block_k : kTileDepth) {}
+                  p.rules.blocks ? p.rules.block_k : kTileDepth),
+        overlapped(p.dim, p.v_dim, static_cast<float>(p.scale * kLog2e), attention.keys()) {}
 
+  // Two tiles have too little to put beside each other.
+  bool overlaps() const {
+    return kParts<T> == 1 && causal_or_dense(p.rules) && tiles() > 2 && OverlappedAttention::serves(p.dim, p.v_dim);
+  }
   int tiles() const { return static_cast<int>(ceil_div(rows.count(), kTileQueries)); }
   int rows_of(int t) const { return min_of(kTileQueries, rows.count() - t * kTileQueries); }
   int64_t query_size() const { return attention.query_size(kTileQueries); }  // of one tile, as the next
   int64_t state_size() const { return kTileQueries * (attention.columns() + W + 1); }
+  int64_t block_bytes() const { return overlaps() ? overlapped.bytes() : attention.bytes(tiles()); }
   int64_t bytes() const {
-    return attention.bytes(tiles()) + tiles() * (query_size() * sizeof(Packed) + state_size() * sizeof(float));
+    return block_bytes() + tiles() * (query_size() * sizeof(Packed) + state_size() * sizeof(float));
   }
 
   auto keys_from(const void* base, const Strides& strides, int64_t key) const {
@@ -107,8 +115,8 @@ struct ForwardTilesTask {
   }
 
   void load_tiles(char* memory) {
-    attention.use(memory);
-    Packed* packed = reinterpret_cast<Packed*>(memory + attention.bytes(tiles()));
+    overlaps() ? overlapped.use(memory) : attention.use(memory);
+    Packed* packed = reinterpret_cast<Packed*>(memory + block_bytes());
     float* state = reinterpret_cast<float*>(packed + tiles() * query_size());
     fill(state, tiles() * state_size(), 0);
     for (int t = 0; t < tiles(); t++, state += state_size(), packed += query_size()) {
@@ -123,6 +131,12 @@ struct ForwardTilesTask {
   void attend(int64_t key, int count, const Plan& plan) {
     attention.add_block(states, tiles(), keys_from(p.k, p.k_strides, key), keys_from(p.v, p.v_strides, key), count,
                         plan);
+  }
+  void attend(int64_t key, int count, const BlockPlan& plan) {
+    const auto k = keys_from(p.k, p.k_strides, key), v = keys_from(p.v, p.v_strides, key);
+    if constexpr (kParts<T> == 1)
+      if (overlaps()) return overlapped.add_block(states, tiles(), k, v, count, plan);
+    attention.add_block(states, tiles(), k, v, count, plan);
   }
 
   void attend_all() {
