@@ -83,6 +83,19 @@ def device(request):
         _check_context()
 
 
+_HOMES = [Device(kind) for kind in ("cpu", "pretend", "cuda") if kind in {d.kind for d in _devices()}]
+
+
+@pytest.fixture(params=_HOMES, ids=str)
+def home(request):
+    """Where tensors are made that name no device: in host memory or on a GPU. For tests of Python code that allocates,
+    which one instruction set of the CPU serves as well as all."""
+    where = request.param
+    playing = pretend.device if where.kind == "pretend" else contextlib.nullcontext()
+    with playing, where.torch:
+        yield where.torch
+
+
 def _check_context():
     """After an illegal access every further call of a process fails: pytest-xdist starts another one."""
     try:
@@ -114,7 +127,8 @@ def fresh_seed(request):
 
 
 def _wanted(item):
-    device = item.callspec.params.get("device") if hasattr(item, "callspec") else None
+    params = item.callspec.params if hasattr(item, "callspec") else {}
+    device = params.get("device") or params.get("home")
     only = item.get_closest_marker("devices")
     if "cpu" not in _KINDS and not device:
         return False

@@ -67,12 +67,12 @@ MAKERS = {
 ELEMENTWISE = {name: make for name, make in MAKERS.items() if make.func.moments_alone}
 
 
-def parameters(device="cpu", dtype=torch.float32, shapes=SHAPES):
+def parameters(device=None, dtype=torch.float32, shapes=SHAPES):
     return [torch.nn.Parameter(torch.randn(shape, dtype=dtype, device=device)) for shape in shapes]
 
 
-def copies(params):
-    return [torch.nn.Parameter(p.detach().clone()) for p in params]
+def copies(params, device=None):
+    return [torch.nn.Parameter(p.detach().clone().to(device or p.device)) for p in params]
 
 
 def give_gradients(*lists, scale=1.0):
@@ -80,7 +80,7 @@ def give_gradients(*lists, scale=1.0):
     for same in zip(*lists, strict=True):
         grad = torch.randn_like(same[0]) * scale
         for p in same:
-            p.grad = grad.to(p.dtype).clone()
+            p.grad = grad.to(p).clone()
 
 
 def train(optimizer, params, steps=1):
@@ -99,7 +99,7 @@ def moments(optimizer, p, group=None):
 
 
 def assert_equal(a, b):
-    assert all(torch.equal(p, q) for p, q in zip(a, b, strict=True))
+    assert all(torch.equal(p, q.to(p.device)) for p, q in zip(a, b, strict=True))
 
 
 def snapshot(optimizer):

@@ -23,7 +23,7 @@ from optimizer_cases import (
     train,
 )
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "home")
 STATES = {
     "4": {"state_bits": 4},
     "8": {"state_bits": 8},

@@ -27,7 +27,7 @@ OPTIONS = {
     "rank1": {"second_moment": "rank1"},
     "factored": {"second_moment": "factored"},
 }
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "home")
 every_optimizer = pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
 
 
@@ -117,7 +117,7 @@ def test_books():
         for signed in (True, False):
             book = forms._book(bits, signed)
             assert len(book) == 2**bits and (book[1:] > book[:-1]).all() and book[-1] == 1
-    assert forms._book(4, True)[0] == pytest.approx(-0.8875) and forms._book(8, True)[0] == pytest.approx(
+    assert forms._book(4, True)[0].item() == pytest.approx(-0.8875) and forms._book(8, True)[0] == pytest.approx(
         -0.99297, abs=1e-5
     )
 

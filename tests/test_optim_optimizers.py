@@ -282,3 +282,15 @@ def test_training_reaches_the_same_loss(options, limit):
     mean = lambda runs, i: sum(run[i] for run in runs) / len(runs)  # noqa: E731
     assert mean(theirs, 0) < 0.4 * mean(theirs, 1)
     assert mean(ours, 0) < limit * mean(theirs, 0)
+
+
+def test_capturable_on_any_device(device):
+    """Counters where the parameters are; the same steps."""
+    ours, theirs = (lambda p: (p, copies(p)))(parameters(device.torch, shapes=[(70, 80), (3,)]))
+    a, b = tw.optim.AdamW(ours, capturable=True), tw.optim.AdamW(theirs)
+    for _ in range(3):
+        give_gradients(ours, theirs)
+        a.step(), b.step()
+    for p, q in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+        assert a.state[p]["step"].device == p.device and float(a.state[p]["step"]) == 3

@@ -10,7 +10,7 @@ import tilewise as tw
 from optimizer_cases import assert_same_state, copies, give_gradients, moments, snapshot, train
 from tilewise.optim import convert_state_dict, preconditioners, shampoo_state
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "home")
 SHAPES = [(66, 70), (64, 5, 3), (5,), (0, 3)]
 BITS = (4, 8, 32)
 make = partial(tw.optim.Shampoo, lr=1e-2, precondition_interval=1, root_interval=2, matrix_eps=1e-3)

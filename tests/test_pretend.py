@@ -9,7 +9,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[1]
-pytestmark = pytest.mark.skipif(torch.version.cuda is not None, reason="torch has a real CUDA device")
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="torch has a real CUDA device")
 
 REFUSED = """
 from harness import pretend
@@ -58,9 +58,8 @@ def test_refuses_what_a_gpu_refuses():
 
 def test_some_tests():
     """One quick test of each family; all of them: TILEWISE_DEVICES=pretend python -m pytest tests."""
-    files = ["test_attention.py", "test_fft_conv.py", "test_sparse.py", "test_speculative.py", "test_optim_step.py"]
-    chosen = ["-k", "known or out_variant or empty or identity or first_step"]
-    done = run(
-        [sys.executable, "-m", "pytest", *chosen, *(f"tests/{name}" for name in files)], TILEWISE_DEVICES="pretend"
-    )
+    families = ["attention", "fft_conv", "sparse", "speculative", "optim_step"]
+    files = [f"tests/test_{name}.py" for name in (*families, "optim_offload", "optim_convert")]
+    chosen = ["-k", "known or out_variant or empty or identity or first_step or offload or nothing_is_shared"]
+    done = run([sys.executable, "-m", "pytest", *chosen, *files], TILEWISE_DEVICES="pretend")
     assert done.returncode == 0, done.stdout + done.stderr

@@ -82,7 +82,8 @@ def pack(lengths, capacity=None, *, device=None) -> Packing:
         ValueError: a negative length, or one above the capacity.
         TypeError: lengths that are not integers.
     """
-    device = lengths.device if device is None and torch.is_tensor(lengths) else device
+    if device is None:
+        device = lengths.device if torch.is_tensor(lengths) else "cpu"
     lengths = as_lengths("pack", lengths)
     capacity = max(lengths, default=0) if capacity is None else capacity
     if max(lengths, default=0) > capacity:
@@ -179,9 +180,9 @@ def _first_fit_decreasing(lengths, capacity):
 
 def _positions(lengths) -> torch.Tensor:
     """int64 (T,): 0 .. n - 1 for every length n."""
-    n = torch.tensor(lengths, dtype=torch.int64)
+    n = torch.tensor(lengths, dtype=torch.int64, device="cpu")
     starts = n.cumsum(0) - n
-    return torch.arange(int(n.sum())) - starts.repeat_interleave(n)
+    return torch.arange(int(n.sum()), device="cpu") - starts.repeat_interleave(n)
 
 
 def _tokens(operation, where, length, device):
@@ -192,12 +193,12 @@ def _tokens(operation, where, length, device):
         lengths, rows = where.lengths, where.order.cpu()
     else:
         lengths = as_lengths(operation, where)
-        rows = torch.arange(len(lengths))
+        rows = torch.arange(len(lengths), device="cpu")
     longest = max(lengths, default=0)
     length = longest if length is None else length
     if longest > length:
         raise ValueError(f"{operation}: where has a length of {longest}, expected at most {length}")
-    in_order = torch.tensor(lengths, dtype=torch.int64)[rows]
+    in_order = torch.tensor(lengths, dtype=torch.int64, device="cpu")[rows]
     place = (rows * length).repeat_interleave(in_order) + _positions(in_order.tolist())
     return place.to(device), (len(lengths), length)
 

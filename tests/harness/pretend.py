@@ -7,6 +7,7 @@ and runs tilewise's operators on the emulator. Import this module before torch: 
 
 import contextlib
 import ctypes
+import importlib.metadata
 import importlib.util
 import os
 import subprocess
@@ -17,7 +18,8 @@ SOURCE = Path(__file__).with_name("pretend_device.cpp")
 
 
 def _device_library() -> str:
-    library = Path(__file__).parents[2] / "build" / "emulator" / "libpretend_device.so"
+    name = f"libpretend_device-{importlib.metadata.version('torch')}.so"
+    library = Path(__file__).parents[2] / "build" / "emulator" / name
     if not library.exists() or library.stat().st_mtime < max(SOURCE.stat().st_mtime, TORCH.stat().st_mtime):
         library.parent.mkdir(parents=True, exist_ok=True)
         mine = library.with_suffix(f".{os.getpid()}")
@@ -27,12 +29,14 @@ def _device_library() -> str:
     return str(library)
 
 
-ctypes.CDLL(_device_library(), ctypes.RTLD_GLOBAL)
+_libpretend = ctypes.CDLL(_device_library(), ctypes.RTLD_GLOBAL)
 
 import torch  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 from harness.emulation import emulator_library  # noqa: E402
+
+_libpretend.pretend_register_guard()
 
 _CONVERTS = {"_to_copy", "copy_", "_copy_from", "is_same_size", "_has_compatible_shallow_copy_type"}
 _INDEXES = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index"}
@@ -43,9 +47,11 @@ class Tensor(torch.Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl
 
     def __new__(cls, host):
-        made = torch.Tensor._make_wrapper_subclass(
-            cls, host.shape, host.stride(), host.storage_offset(), dtype=host.dtype, device="cuda:0"
+        where = (
+            {"strides": host.stride(), "storage_offset": host.storage_offset()} if host.layout is torch.strided else {}
         )
+        like = {"dtype": host.dtype, "layout": host.layout, "device": "cuda:0"}
+        made = torch.Tensor._make_wrapper_subclass(cls, host.shape, **where, **like)
         made.host = host
         return made
 
@@ -70,6 +76,9 @@ class Tensor(torch.Tensor):
 
     def numpy(self, **_):
         raise TypeError("can't convert cuda:0 device type tensor to numpy")
+
+    def record_stream(self, _):
+        pass
 
     def data_ptr(self):
         return self.host.data_ptr()
@@ -144,6 +153,9 @@ def _dispatch(function, args, kwargs):
     kwargs, ours = dict(kwargs), any(isinstance(t, Tensor) for t in tensors)
     asked = next((a for a in (*args, kwargs.get("device")) if isinstance(a, torch.device)), None)
     on_cuda = asked.type == "cuda" if asked is not None else ours
+    pinned = kwargs.pop("pin_memory", False)
+    if pinned and on_cuda:
+        raise RuntimeError("Only dense CPU tensors can be pinned")
     if not ours and not on_cuda and kwargs.get("generator") is None:
         return function(*args, **kwargs)
     if asked is None:
@@ -151,8 +163,6 @@ def _dispatch(function, args, kwargs):
     args = [torch.device("cpu") if isinstance(a, torch.device) else a for a in args]
     if kwargs.get("device"):
         kwargs["device"] = torch.device("cpu")
-    if kwargs.pop("pin_memory", False) and on_cuda:
-        raise RuntimeError("Only dense CPU tensors can be pinned")
     done = lambda: None  # noqa: E731
     if kwargs.get("generator") is not None:
         kwargs["generator"], done = _host_generator(kwargs["generator"], on_cuda)

@@ -1,4 +1,5 @@
-// The parts of a CUDA device that libtorch itself asks for and a CPU-only torch lacks: nothing happens on them.
+// The parts of a CUDA device that libtorch itself asks for: nothing happens on them. A torch that was built for CUDA
+// has its own, which these replace: the hooks by their priority, the guard by being registered once more.
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/detail/CUDAHooksInterface.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
@@ -42,10 +43,14 @@ struct Guard : c10::impl::NoOpDeviceGuardImpl<c10::DeviceType::CUDA> {
   const c10::Stream kStream{c10::Stream::DEFAULT, kDevice};
 };
 
-C10_REGISTER_GUARD_IMPL(CUDA, Guard);
-
 }  // namespace
 
+// To be called when libtorch is loaded as a whole.
+extern "C" void pretend_register_guard() {
+  static const Guard guard;
+  c10::impl::DeviceGuardImplRegistrar(kDevice.type(), &guard);
+}
+
 namespace at {
-C10_REGISTER_CLASS(CUDAHooksRegistry, CUDAHooks, Hooks)
+C10_REGISTER_CLASS_WITH_PRIORITY(CUDAHooksRegistry, CUDAHooks, c10::REGISTRY_PREFERRED, Hooks)
 }

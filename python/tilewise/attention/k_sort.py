@@ -60,7 +60,7 @@ def expect_order(operation, order, heads, dim):
     if order.is_floating_point() or order.dtype == torch.bool:
         raise TypeError(f"{operation}: k_order has dtype {order.dtype}, expected integers")
     host = order.cpu().long()
-    if not torch.equal(host.sort(1).values, torch.arange(dim).expand(heads, dim)):
+    if not torch.equal(host.sort(1).values, torch.arange(dim, device="cpu").expand(heads, dim)):
         raise ValueError(
             f"{operation}: k_order has rows that are not permutations, expected each of 0 to {dim - 1} once"
         )

@@ -79,7 +79,7 @@ def encoded_state(optimizer, p, group, step, moments, residual=None, others=None
         others: what the state holds beside; None for what it would before the first step.
     """
     part = local(p)
-    state = {"step": torch.tensor(float(step), dtype=torch.float32)}
+    state = {"step": torch.tensor(float(step), dtype=torch.float32, device="cpu")}
     signed = optimizer.moments(group)
     for name, form in optimizer.planned_forms(p, group).items():
         values = moments.get(name)
@@ -90,7 +90,8 @@ def encoded_state(optimizer, p, group, step, moments, residual=None, others=None
         else:
             state |= forms.encode(form, name, values.to(part.device), signed[name])
     if group["master_weights"] and p.dtype is torch.bfloat16:
-        state["residual"] = torch.zeros(part.shape, dtype=torch.int16) if residual is None else residual
+        none = torch.zeros(part.shape, dtype=torch.int16, device=part.device)
+        state["residual"] = none if residual is None else residual
     return state | (optimizer.new_others(p, group) if others is None else others)
 
 

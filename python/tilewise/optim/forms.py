@@ -189,8 +189,9 @@ def _pack(indices, bits):
 @functools.cache
 def _book(bits, signed):
     """The values that codes stand for, ascending, on the CPU."""
-    codes = _pack(torch.arange(BLOCK[bits])[None] % 2**bits, bits)
-    return dequantize_state(codes, torch.ones(1), (BLOCK[bits],), signed=signed, bits=bits)[: 2**bits]
+    codes = _pack(torch.arange(BLOCK[bits], device="cpu")[None] % 2**bits, bits)
+    one = torch.ones(1, device="cpu")
+    return dequantize_state(codes, one, (BLOCK[bits],), signed=signed, bits=bits)[: 2**bits]
 
 
 @functools.cache

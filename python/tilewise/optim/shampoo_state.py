@@ -32,7 +32,7 @@ def new_tensors(part, options) -> dict:
         name: torch.zeros(shape, dtype=dtype, device="cpu" if name in HOST_TENSORS else part.device)
         for name, (dtype, shape) in planned(part, options).items()
     }
-    return zeros | {"blocks": torch.tensor(blocks_of(part.shape, options["max_order"]))}
+    return zeros | {"blocks": torch.tensor(blocks_of(part.shape, options["max_order"]), device="cpu")}
 
 
 def planned(part, options) -> dict:

@@ -35,7 +35,7 @@ class TreeTemplate(NamedTuple):
                 above.append((p, len(parent)))
                 parent.append(up)
                 rank.append(r)
-        return cls(torch.tensor(parent, dtype=torch.int32), torch.tensor(rank, dtype=torch.int32))
+        return cls(*(torch.tensor(column, dtype=torch.int32, device="cpu") for column in (parent, rank)))
 
     def to(self, device) -> "TreeTemplate":
         return TreeTemplate(*(t.to(device) for t in self))
