@@ -11,13 +11,14 @@ SANITIZER_OPTIONS := detect_leaks=0:detect_stack_use_after_return=0:verify_asan_
 FAMILY ?=
 TESTS := test-plain test-mutations test-race test-asan
 
-.PHONY: help demo test $(TESTS) build bench bench-cpp study gpu-report lint format wheel-check clean
+.PHONY: help demo test $(TESTS) build bench bench-cpp study gpu-report lint format wheel-check torches-check clean
 help:
 	@echo 'make demo         train two small models on real text and decode with token trees (4 minutes)'
 	@echo 'make test         every test; CUDA kernels run emulated, race-checked and sanitized'
 	@echo 'make bench        every kernel beside torch (FAMILY=attention for one)'
 	@echo 'make study        train with states of 32, 8 and 4 bits, and compare where they end'
 	@echo 'make gpu-report   build, test, record and measure on a machine with a GPU (FAMILY=... to split)'
+	@echo 'make torches-check the suite under every release of torch from 2.10 on (gigabytes; VERSIONS=2.11.0 for one)'
 	@echo 'make lint | format | wheel-check | bench-cpp | clean'
 
 build/.environment: pyproject.toml constraints.txt
@@ -85,6 +86,10 @@ format: build/.lint
 
 wheel-check: build/.environment
 	$(PY) tools/check_wheel.py
+
+# Not in CI: it downloads every release of torch with its CUDA libraries, 3 to 7 GB each.
+torches-check: build/.environment
+	$(PY) tools/check_torches.py $(VERSIONS)
 
 clean:
 	rm -rf build dist python/tilewise/*.so
