@@ -61,6 +61,15 @@ template <int C, int A, int B>
 TILEWISE_INLINE void multiply_tiles() {
   __asm__ volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B));
 }
+// Of signed bytes, four of them to a sum, and of unsigned with signed ones; sums are 32-bit integers.
+template <int C, int A, int B>
+TILEWISE_INLINE void multiply_signed() {
+  __asm__ volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B));
+}
+template <int C, int A, int B>
+TILEWISE_INLINE void multiply_unsigned() {
+  __asm__ volatile("tdpbusd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B));
+}
 
 // ---- parts ----
 // A packed row of 32 terms holds them in pairs: bf16 neighbours, as they lie in memory; parts of wider types the terms

@@ -17,9 +17,11 @@ class Ahead {
     return int(ceil_div(block_.count * (ceil_div(bytes_[0], kLine) + ceil_div(bytes_[1], kLine)), calls));
   }
   TILEWISE_INLINE void go_on(int lines) {
-    for (; lines > 0; lines--, at_ += kLine) {
+    while (lines > 0) {
       if (at_ >= end_ && !next_row()) return;
-      __builtin_prefetch(at_, 0, 2);
+      const int here = int(min_of<int64_t>(lines, ceil_div(end_ - at_, kLine)));
+      for (int i = 0; i < here; i++, at_ += kLine) __builtin_prefetch(at_, 0, 2);
+      lines -= here;
     }
   }
 

@@ -3,7 +3,8 @@
 #pragma once
 #include "common/paged/cpu/ahead.h"
 #include "common/paged/cpu/attention.h"
-#include "common/paged/cpu/team.h"
+#include "common/paged/cpu/team_bytes.h"
+#include "common/paged/cpu/team_words.h"
 #include "common/tile_attention.h"
 
 namespace tilewise::paged {
@@ -149,9 +150,27 @@ bool attend_on_tiles(const Task<Visibility>& task, const Runtime& rt) {
   return true;
 }
 
+template <class Work, class Visibility>
+const char* attend_teams(const typename Visibility::Params& p, const Runtime& rt) {
+  return run_tasks<Visibility>(
+      p, rt, kTeamShare, [](const Task<Visibility>& task, const Runtime& rt) { return attend_team<Work>(task, rt); });
+}
+// Few rows, on tiles of bytes if they serve.
+template <class Source, class Visibility>
+const char* attend_few_on_tiles(const typename Visibility::Params& p, const Runtime& rt) {
+  if constexpr (ByteRows<Source>::kServed)
+    if (fits_bytes(p)) {
+      const int rows = p.tokens * (p.q_heads / p.kv_heads);
+      if (rows == 1) return attend_teams<ByteTeam<Source, Visibility, 1>, Visibility>(p, rt);
+      if (rows == 2) return attend_teams<ByteTeam<Source, Visibility, 2>, Visibility>(p, rt);
+      return attend_teams<ByteTeam<Source, Visibility, 4>, Visibility>(p, rt);
+    }
+  return attend_teams<WordTeam<Source, Visibility>, Visibility>(p, rt);
+}
+
 template <class Visibility>
 const char* attend_float_pages_on_tiles(const typename Visibility::Params& p, const Runtime& rt) {
-  if (p.type == Type::bf16 && fits_team(p)) return attend_teams<FloatRows<Bf16>, Visibility>(p, rt);
+  if (p.type == Type::bf16 && fits_team(p)) return attend_few_on_tiles<FloatRows<Bf16>, Visibility>(p, rt);
   return with_type(p.type, [&](auto type) {
     using T = decltype(type);
     const int rows = p.tokens * (p.q_heads / p.kv_heads);
@@ -165,7 +184,8 @@ const char* attend_float_pages_on_tiles(const typename Visibility::Params& p, co
 template <class Visibility>
 const char* attend_code_pages_on_tiles(const typename Visibility::Params& p, const Runtime& rt) {
   if (!fits_team(p)) return attend_code_pages<Visibility>(p, rt);
-  return with_codes(p.format, p.dim, [&](auto source) { return attend_teams<decltype(source), Visibility>(p, rt); });
+  return with_codes(p.format, p.dim,
+                    [&](auto source) { return attend_few_on_tiles<decltype(source), Visibility>(p, rt); });
 }
 
 }  // namespace
