@@ -39,6 +39,16 @@ def architecture(number: int):
         os.environ.pop("SIMT_ARCH") if before is None else os.environ.__setitem__("SIMT_ARCH", before)
 
 
+@contextlib.contextmanager
+def blocks_from(number: int):
+    """Leaves out the thread blocks before this one, to reach the end of a huge grid in no time."""
+    os.environ["SIMT_FIRST_BLOCK"] = str(number)
+    try:
+        yield
+    finally:
+        del os.environ["SIMT_FIRST_BLOCK"]
+
+
 def assert_schedules_agree(run, count: int = 10) -> None:
     """``run()`` returns tensors (or a tuple of them): bit-identical under the fixed and ``count`` random schedules."""
     as_tuple = lambda out: out if isinstance(out, tuple) else (out,)  # noqa: E731

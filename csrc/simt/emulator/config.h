@@ -16,6 +16,7 @@ struct Config {
   unsigned preempt = 0;       // SIMT_PREEMPT: one in this many shared-memory accesses gives way (race build)
   unsigned threads = 1;       // SIMT_THREADS: blocks run at the same time (not in the race build)
   unsigned watchdog_s = 120;  // SIMT_WATCHDOG: seconds without a fiber switch before the process is stopped; 0: never
+  unsigned first_block = 0;   // SIMT_FIRST_BLOCK: blocks before it are left out, to reach the end of a huge grid
   bool race = true;           // SIMT_RACE: check for races, if the kernels are instrumented
 
   static Config from_environment();

@@ -232,11 +232,12 @@ const char* reject(const Launch& l) {
 }
 
 std::vector<unsigned> block_order(unsigned blocks, const Config& config) {
-  std::vector<unsigned> order(blocks);
-  std::iota(order.begin(), order.end(), 0u);
+  const unsigned first = std::min(config.first_block, blocks);
+  std::vector<unsigned> order(blocks - first);
+  std::iota(order.begin(), order.end(), first);
   if (config.schedule != Schedule::kRandom) return order;
   Random random(config.seed);
-  for (unsigned i = blocks; i > 1; i--) std::swap(order[i - 1], order[random.below(i)]);
+  for (unsigned i = blocks - first; i > 1; i--) std::swap(order[i - 1], order[random.below(i)]);
   return order;
 }
 
@@ -386,6 +387,7 @@ Config Config::from_environment() {
   c.preempt = static_cast<unsigned>(number("SIMT_PREEMPT", 0));
   c.threads = static_cast<unsigned>(std::max(1l, number("SIMT_THREADS", std::thread::hardware_concurrency())));
   c.watchdog_s = static_cast<unsigned>(number("SIMT_WATCHDOG", c.watchdog_s));
+  c.first_block = static_cast<unsigned>(std::max(0l, number("SIMT_FIRST_BLOCK", 0)));
   c.race = number("SIMT_RACE", 1) != 0;
   return c;
 }

@@ -1,7 +1,6 @@
 """What all optimizers of this package share: states in few bits, one operator call per group and device."""
 
 from operator import is_
-from typing import NamedTuple
 
 import torch
 from torch.optim import Optimizer
@@ -12,31 +11,9 @@ from tilewise.optim.distributed import local_entry, sharded_state_dict
 from tilewise.optim.memory import MemoryReport, memory_report
 from tilewise.optim.options import check_group, complete
 from tilewise.optim.overrides import resolved
+from tilewise.optim.rows import Row, Rows, WholeGroup
 from tilewise.optim.step import Options, optimizer_step
 from tilewise.optim.tensors import CPU, learning_rate, local, local_pair, scalar_on, stream_of
-
-
-class Row(NamedTuple):
-    """What a step passes for one parameter beside the parameter and its gradient; kept from step to step."""
-
-    p: torch.Tensor
-    kind: tuple  # of the group's options that decide what a state holds
-    state: dict
-    held: tuple  # the tensors of `state` when the row was made
-    index: int  # of the parameter among all
-    stream: int
-    step: torch.Tensor
-    first: torch.Tensor
-    first_scales: torch.Tensor
-    second: torch.Tensor
-    second_scales: torch.Tensor
-    residual: torch.Tensor
-    rows: int
-
-    def fits(self, p, kind, state) -> bool:
-        """Whether nothing was replaced since."""
-        same = self.p is p and self.kind == kind and len(self.held) == len(state)
-        return same and all(map(is_, self.held, state.values()))
 
 
 class LowBitOptimizer(Optimizer):
@@ -78,7 +55,7 @@ class LowBitOptimizer(Optimizer):
         what = type(self).__name__
         defaults = own | complete(what, options, self.lacks if self.second else (*self.lacks, "second_moment"))
         check_group(what, defaults, defaults)
-        self.options, self._rows = tuple(defaults), {}
+        self.options, self._rows, self._groups = tuple(defaults), {}, {}
         super().__init__(params, defaults | {"state_version": STATE_VERSION})
 
     # ---- what a subclass says about itself ----
@@ -180,7 +157,7 @@ class LowBitOptimizer(Optimizer):
     def __setstate__(self, state):
         super().__setstate__(state)
         self.options = tuple(name for name in self.defaults if name != "state_version")
-        self._rows = {}
+        self._rows, self._groups = {}, {}
 
     @property
     def _step_supports_amp_scaling(self):
@@ -228,18 +205,25 @@ class LowBitOptimizer(Optimizer):
 
     def _calls(self):
         """[(group, params, gradients, rows)] of the parameters that have gradients, by group and device."""
-        calls, index = [], 0
+        calls, start = [], 0
         for group in self.param_groups:
-            kind = group["capturable"], group["master_weights"], *self.moments(group)
-            of_device = {}
-            for index, p in enumerate(group["params"], index):  # noqa: B020
-                if p.grad is not None:
-                    param, grad = local_pair(type(self).__name__, p)
-                    row = self._row(p, param, group, kind, index)
-                    of_device.setdefault(param.device, []).append((param, grad, row))
-            index += 1
-            calls += [(group, *map(list, zip(*entries, strict=True))) for entries in of_device.values()]
+            calls += self._calls_of(group, start)
+            start += len(group["params"])
         return calls
+
+    def _calls_of(self, group, start):
+        kind, params = (group["capturable"], group["master_weights"], *self.moments(group)), group["params"]
+        grads, whole = [p.grad for p in params], self._groups.get(start)
+        if whole is not None and whole.fits(params, grads, kind, self.state):
+            return [(group, params, grads, whole.rows)]
+        of_device = {}
+        for index, p in enumerate(params, start):
+            if p.grad is not None:
+                param, grad = local_pair(type(self).__name__, p)
+                row = self._row(p, param, group, kind, index)
+                of_device.setdefault(param.device, []).append((param, grad, row))
+        calls = [(group, *map(list, zip(*entries, strict=True))) for entries in of_device.values()]
+        return [(*call, Rows(rows)) for *call, rows in calls]
 
     def _row(self, p, param, group, kind, index):
         row, state = self._rows.get(index), self.state.get(p) or {}
@@ -249,16 +233,15 @@ class LowBitOptimizer(Optimizer):
         counter = param.device if group["capturable"] else CPU
         if state["step"].device != counter:
             state["step"] = state["step"].to(counter)
-        none = torch.empty(0, device=param.device)
         columns, rows, kept = [], 0, self.moments(group)
         for name in self.rule_of(group)[1:]:
             form = forms.find(state, name) if name in kept else None
-            columns.append(none if form is None else state.get(name, none))
-            columns.append(none if form is None or form.scale is None else state[name + form.scale])
+            columns.append(None if form is None else state.get(name))
+            columns.append(None if form is None or form.scale is None else state[name + form.scale])
             if form is not None and form.by_matrix:
                 rows = forms.as_matrix(param.shape)[0]
         numbers = index, stream_of(p, index)
-        moments = *columns, state.get("residual", none), rows
+        moments = *columns, state.get("residual"), rows
         return Row(p, kind, state, tuple(state.values()), *numbers, state["step"], *moments)
 
     def _step_rows(self, group, params, grads, rows):
@@ -275,25 +258,34 @@ class LowBitOptimizer(Optimizer):
             seed=group["seed"],
             **self.numbers(group),
         )
-        _, _, states, _, indices, streams, steps, *columns, matrix_rows = zip(*rows, strict=True)
-        first, first_scales, second, second_scales, residuals = columns
+        columns = rows.columns
         kept = self.moments(group)
         optimizer_step(
             params,
             grads,
-            list(steps),
+            columns.step,
             options,
-            first=first if first_name in kept else (),
-            first_scales=first_scales if first_name in kept else (),
-            second=second if second_name in kept else (),
-            second_scales=second_scales if second_name in kept else (),
-            residuals=residuals if any("residual" in state for state in states) else (),
-            rows=matrix_rows if any(matrix_rows) else (),
-            streams=streams,
+            first=columns.first if first_name in kept else (),
+            first_scales=columns.first_scales if first_name in kept else (),
+            second=columns.second if second_name in kept else (),
+            second_scales=columns.second_scales if second_name in kept else (),
+            residuals=columns.residual,
+            rows=columns.rows,
+            streams=columns.stream,
             lr=lr_tensor,
             found_inf=scalar_on(device, getattr(self, "found_inf", None)),
             grad_scale=scalar_on(device, getattr(self, "grad_scale", None)),
         )
-        for index, row in zip(indices, rows, strict=True):
-            if self._rows.get(index) is not row:
-                self.state[row.p], self._rows[index] = row.state, row
+        self._keep(group, params, rows)
+
+    def _keep(self, group, params, rows):
+        """The rows, and their states, of a step that was taken."""
+        start = rows[0].index
+        whole = self._groups.get(start)
+        if whole is not None and whole.rows is rows:
+            return
+        for row in rows:
+            if self._rows.get(row.index) is not row:
+                self.state[row.p], self._rows[row.index] = row.state, row
+        if len(params) == len(group["params"]) and all(map(is_, params, group["params"])):
+            self._groups[start] = WholeGroup(rows)

@@ -9,6 +9,7 @@ from tilewise.optim.checkpoint import check_tensors_fit
 from tilewise.optim.options import check_group
 from tilewise.optim.overrides import resolved
 from tilewise.optim.preconditioners import Product, Slot, Statistic, compute_roots, precondition, update_statistics
+from tilewise.optim.rows import Rows
 from tilewise.optim.sgd import SGD
 from tilewise.optim.tensors import local
 
@@ -215,14 +216,15 @@ class Shampoo(LowBitOptimizer):
                     _update_matrices(group, grads[piece], states[piece], _steps(states[piece]))
 
     def _step_rows(self, group, params, grads, rows):
-        for piece in _pieces([p.numel() for p in params]):
+        pieces = list(_pieces([p.numel() for p in params]))
+        for piece in pieces:
             states = [row.state for row in rows[piece]]
             with torch.autocast(params[0].device.type, enabled=False):
                 captured = _is_captured(params[0])
                 if not captured:
                     _update_matrices(group, grads[piece], states, [step + 1 for step in _steps(states)])
                 directions = _directions(grads[piece], states, captured)
-            super()._step_rows(group, params[piece], directions, rows[piece])
+            super()._step_rows(group, params[piece], directions, rows if len(pieces) == 1 else Rows(rows[piece]))
 
 
 def _pieces(sizes):

@@ -1,5 +1,7 @@
 """The one operator that all optimizers' steps are: many tensors in one fused pass."""
 
+from itertools import chain
+from operator import is_
 from typing import NamedTuple
 
 import torch
@@ -53,15 +55,18 @@ def _optimizer_step(
     _C.optimizer_step(
         dense, grads, *states, steps, rows, streams, rule, numbers, flags, seed, [lr, found_inf, grad_scale, workspace]
     )
-    for p, d in zip(params, dense, strict=True):
-        if d is not p:
-            p.copy_(d)
-    torch.autograd.graph.increment_version([*params, *(t for column in states for t in column), *steps])
+    if not all(map(is_, params, dense)):
+        for p, d in zip(params, dense, strict=True):
+            if d is not p:
+                p.copy_(d)
+    torch.autograd.graph.increment_version([*params, *chain.from_iterable(states), *steps])
 
 
 def _workspace(params, rows):
+    if not any(rows):
+        return None
     floats = sum(_C.optimizer_workspace(p.numel(), r) for p, r in zip(params, rows, strict=False) if r)
-    return torch.empty(floats, dtype=torch.float32, device=params[0].device) if floats else None
+    return torch.empty(floats, dtype=torch.float32, device=params[0].device)
 
 
 def _dense(p):

@@ -6,6 +6,11 @@ CPU = torch.device("cpu")
 _PLAIN = (torch.nn.Parameter, torch.Tensor)
 
 
+def is_plain(t) -> bool:
+    """Whether a tensor is dense and of no class that needs care."""
+    return type(t) in _PLAIN and t.layout is torch.strided
+
+
 def is_sharded(t) -> bool:
     """Whether a tensor is a DTensor."""
     return type(t) not in _PLAIN and hasattr(t, "to_local")
