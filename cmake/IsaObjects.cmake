@@ -12,6 +12,7 @@ if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
       -mprefer-vector-width=512)
   # Its blocks are long chains of arithmetic, two of them side by side: worth scheduling before registers are allocated.
   if(CMAKE_CXX_COMPILER_ID STREQUAL GNU)
+    set(TILEWISE_FLAGS_optim_avx2 -fschedule-insns -fsched-pressure -mtune=haswell)
     set(TILEWISE_FLAGS_optim_avx512 -fschedule-insns -fsched-pressure -mtune=icelake-server)
   endif()
   set(TILEWISE_FLAGS_amx ${TILEWISE_FLAGS_avx512} -mavx512bf16 -mgfni -mamx-tile -mamx-bf16 -mamx-int8)

@@ -79,62 +79,6 @@ constexpr Book8 make_book8(bool is_signed) {
 }
 constexpr Book8 kSignedBook8 = make_book8(true), kUnsignedBook8 = make_book8(false);
 
-// ---- ordinals as one function of y, piecewise linear and close enough to tell nearly all of them ----
-// Its values are ordinals where the code changes by one. In decade i = 0..6, of parts w = .9 10^(i-6) / F, it is
-//   line = F + (y - 10^(i-7)) / w,
-// except that the last value of a decade reaches until 10^(i-6) + w, not 10^(i-6): there the lower of the line and
-//   bend = line / 5 + (8 F - 1) / 5,  which is 2 F at that midpoint.
-// Zero and 1 have lines of their own. Bins of y divide its logarithm, read off the bits of the float as above, evenly:
-// `top` is the upper edge of bin 30, between the last two values of all, and `count` bins lie between that and the
-// float whose bits are zero, so that every decade has an edge between the midpoints before and after its first value. A
-// bin has the line of its lower edge.
-struct Bins8 {
-  float slope[32], offset[32];  // of the line, over y in units of kBinUnit
-  float bend[32];               // its offset
-  float per_bit, start;         // bin = nearest integer to bits * per_bit + start
-};
-struct BinEdges {
-  double top, count;
-};
-constexpr BinEdges kSignedEdges = {-.0176, 174.5}, kUnsignedEdges = {-.011, 171.5};
-constexpr double kBinUnit = 0x1p-14, kBinUnitLog = -14;
-constexpr double kLeastBinned = 0x1p-24;  // added to y, to stay within the bins
-
-// The y whose bits read as this logarithm.
-constexpr double from_log_bits(double log) {
-  double unit = 1;
-  for (; log < 0; log++) unit /= 2;
-  return unit * (1 + log);
-}
-
-// A code's ordinal, less `base`, is the nearest integer.
-constexpr Bins8 make_bins8(bool is_signed) {
-  const int b = is_signed ? 0 : 1;
-  const BinEdges edges = is_signed ? kSignedEdges : kUnsignedEdges;
-  const double base = b + .5, width = (127 - kBinUnitLog + edges.top) / edges.count;
-  Bins8 bins = {};
-  for (int bin = 0; bin < 32; bin++) {
-    const double edge = from_log_bits(edges.top - (31 - bin) * width) - kLeastBinned;
-    double f = 1 << b, power = 1e-6;  // of decade i, 10^(i-6)
-    double part = .9 * power / f, slope = 0, offset = 0, bend = 1000;
-    const double least_midpoint = (power / 10 + part / 2) / 2;
-    for (int i = 0; i < 6 && edge > power + part; i++) f *= 2, power *= 10, part *= 5;
-    if (bin == 31)  // 1, from a quarter of a part below it
-      slope = 1 / part, offset = 2 * f - (1 - part / 4) * slope;
-    else if (edge < least_midpoint)
-      slope = .5 / least_midpoint, offset = b + .5;
-    else
-      slope = 1 / part, offset = 8 * f / 9, bend = power < .5 ? (8 * f - 1) / 5 : 1000;
-    bins.slope[bin] = static_cast<float>(slope * kBinUnit);
-    bins.offset[bin] = static_cast<float>(offset - base - kLeastBinned * slope);
-    bins.bend[bin] = static_cast<float>(bend - base + base / 5);
-  }
-  bins.per_bit = static_cast<float>(0x1p-23 / width);
-  bins.start = static_cast<float>(30.5 - edges.count);  // an integer
-  return bins;
-}
-constexpr Bins8 kSignedBins8 = make_bins8(true), kUnsignedBins8 = make_bins8(false);
-
 // Scales are floored, so that an all-zero block divides by nothing, and so that no intermediate of an exact decision is
 // subnormal.
 constexpr float kMinScale8 = 0x1p-76f;

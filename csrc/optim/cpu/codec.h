@@ -432,6 +432,13 @@ TILEWISE_INLINE Tops tops_of(VU a, VU b) {
   top = _mm512_max_epu32(top, _mm512_shuffle_epi32(top, _MM_PERM_CDAB));
   return {uint32_t(_mm_cvtsi128_si32(_mm512_castsi512_si128(top))),
           uint32_t(_mm_cvtsi128_si32(_mm512_extracti32x4_epi32(top, 2)))};
+#elif defined(__AVX2__)
+  const __m256i x = (__m256i)a, y = (__m256i)b;  // a's in the lower half from here on, b's in the upper one
+  __m256i top = _mm256_max_epu32(_mm256_permute2x128_si256(x, y, 0x20), _mm256_permute2x128_si256(x, y, 0x31));
+  top = _mm256_max_epu32(top, _mm256_shuffle_epi32(top, 0x4e));
+  top = _mm256_max_epu32(top, _mm256_shuffle_epi32(top, 0xb1));
+  return {uint32_t(_mm_cvtsi128_si32(_mm256_castsi256_si128(top))),
+          uint32_t(_mm_cvtsi128_si32(_mm256_extracti128_si256(top, 1)))};
 #else
   Tops top = {a[0], b[0]};
   for (int lane = 1; lane < W; lane++) top = {max_of<uint32_t>(top.a, a[lane]), max_of<uint32_t>(top.b, b[lane])};

@@ -1,7 +1,7 @@
 // Half a block of 256 values to and from 8-bit codes (code books and what decides: book8.h). Rounding is to the nearest
 // code exactly, a tie going to the code of smaller magnitude.
 #pragma once
-#include "optim/book8.h"
+#include "optim/cpu/bins8.h"
 #include "optim/cpu/codec.h"
 
 namespace tilewise {
@@ -41,6 +41,15 @@ constexpr Floats8 column(const Entry (&entries)[8], float Entry::* member) {
   Floats8 f = {};
   for (int i = 0; i < 16; i++) f.value[i] = entries[i % 8].*member;
   return f;
+}
+struct Integers8 {
+  int32_t value[8];
+};
+template <class Entry>
+constexpr Integers8 column_plus(const Entry (&entries)[8], float Entry::* member, int more) {
+  Integers8 n = {};
+  for (int i = 0; i < 8; i++) n.value[i] = int32_t(entries[i].*member) + more;
+  return n;
 }
 TILEWISE_INLINE Table8 table_of(const Floats8& f) {
   Table8 t;
@@ -122,8 +131,29 @@ TILEWISE_INLINE void decode8(const uint8_t* codes, float factor, BlockValues& x)
   }
 }
 #else
+#if defined(__AVX2__)
+// Numerators are small integers: a sign that is an integer, and zero for zero, cost one instruction, and the octave of
+// the bare ordinal n will do.
+TILEWISE_INLINE void decode8_signed(const uint8_t* codes, float factor, BlockValues& x) {
+  static constexpr auto kOffsets = column_plus(kSignedBook8.value, &ValueEntry::offset, 9);
+  const __m256i offsets = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(kOffsets.value));
+  const Table8 units = scaled(table_of(Book<true>::unit), factor);
+#pragma GCC unroll 16
+  for (int i = 0; i < kVectors; i++) {
+    const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes + i * W));
+    const __m256i n = _mm256_sub_epi32(_mm256_cvtepu8_epi32(bytes), _mm256_set1_epi32(127));
+    const __m256i octave = _mm256_srli_epi32((__m256i)_mm256_cvtepi32_ps(n), 23);
+    const __m256i offset = _mm256_sign_epi32(_mm256_permutevar8x32_epi32(offsets, octave), n);
+    const __m256i numerator = _mm256_add_epi32(_mm256_madd_epi16(n, _mm256_set1_epi32(18)), offset);
+    x[i] = (VF)_mm256_cvtepi32_ps(numerator) * look_up(units, (VI)octave);
+  }
+}
+#endif
 template <bool kSigned>
 TILEWISE_INLINE void decode8(const uint8_t* codes, float factor, BlockValues& x) {
+#if defined(__AVX2__)
+  if constexpr (kSigned) return decode8_signed(codes, factor, x);
+#endif
   const Table8 offsets = table_of(Book<kSigned>::value_offset), units = scaled(table_of(Book<kSigned>::unit), factor);
 #pragma GCC unroll 16
   for (int i = 0; i < kVectors; i++) {
@@ -200,11 +230,19 @@ TILEWISE_INLINE void encode_exactly(const VF (&x)[4], float block_scale, uint8_t
   store_codes(c, codes);
 }
 
-#if defined(__AVX512F__)
+#if defined(__AVX2__)
 // The exact codes where a rough position among them decides: everywhere but within kDoubt of a midpoint. Its error is
-// at most .65 * 2^-14: half an ulp of scale's inverse, y, slope, offset and line each, with lines up to 256. About one
-// group of four vectors in 100 holds a doubtful value, and is encoded again.
+// at most .65 * 2^-14: half an ulp of scale's inverse, y, slope, offset and line each, with lines up to 256 (and an
+// eighth of 2^-14 in fixed point). About one group of four vectors in 100 holds a doubtful value, and is encoded again.
 constexpr float kDoubt = 0x1p-14;
+
+template <bool kSigned>
+__attribute__((noinline, cold)) void encode_again(VF a, VF b, VF c, VF d, float block_scale, uint8_t* codes) {
+  encode_exactly<kSigned>({a, b, c, d}, block_scale, codes);
+}
+#endif
+
+#if defined(__AVX512F__)
 
 struct Table32 {
   __m512 low, high;
@@ -225,19 +263,14 @@ TILEWISE_INLINE __m512i to_bytes(const VI (&c)[4]) {
   return _mm512_permutexvar_epi32(_mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15), mixed);
 }
 
-template <bool kSigned>
-__attribute__((noinline, cold)) void encode_again(VF a, VF b, VF c, VF d, float block_scale, uint8_t* codes) {
-  encode_exactly<kSigned>({a, b, c, d}, block_scale, codes);
-}
-
 // The four vectors take every stage together: one chain after the other would fill the scheduler with what waits.
 template <bool kSigned>
 TILEWISE_INLINE void encode_four(const VF (&x)[4], float block_scale, VF inverse, uint8_t* codes) {
-  static constexpr Bins8 bins = kSigned ? kSignedBins8 : kUnsignedBins8;
+  static constexpr Bins8<32> bins = kSigned ? kSignedBins32 : kUnsignedBins32;
   VF y[4], position[4], distance[4];  // position: of the magnitude, 0 that of code zero_code
   VI bin[4], c[4];
 #pragma GCC unroll 4
-  for (int i = 0; i < 4; i++) y[i] = (kSigned ? abs(x[i]) : x[i]) * inverse + float(kLeastBinned / kBinUnit);
+  for (int i = 0; i < 4; i++) y[i] = (kSigned ? abs(x[i]) : x[i]) * inverse + bins.least;
 #pragma GCC unroll 4
   for (int i = 0; i < 4; i++)
     bin[i] = (VI)(__builtin_convertvector((VI)y[i], VF) * bins.per_bit + (bins.start + kRoundBias));
@@ -245,7 +278,7 @@ TILEWISE_INLINE void encode_four(const VF (&x)[4], float block_scale, VF inverse
   for (int i = 0; i < 4; i++)
     position[i] = y[i] * look_up(table_of(bins.slope), bin[i]) + look_up(table_of(bins.offset), bin[i]);
 #pragma GCC unroll 4
-  for (int i = 0; i < 4; i++) position[i] = min(position[i], position[i] * .2f + look_up(table_of(bins.bend), bin[i]));
+  for (int i = 0; i < 4; i++) position[i] = min(position[i], position[i] * .25f + look_up(table_of(bins.bend), bin[i]));
   // Signed ones are negated, so that the largest, 128, still fits a byte: the code is 127 minus that.
 #pragma GCC unroll 4
   for (int i = 0; i < 4; i++)
@@ -260,6 +293,48 @@ TILEWISE_INLINE void encode_four(const VF (&x)[4], float block_scale, VF inverse
   _mm512_storeu_si512(codes, bytes);
   const VF furthest = absmax(absmax(distance[0], distance[1]), absmax(distance[2], distance[3]));
   if (__builtin_expect(_mm512_cmp_ps_mask((__m512)furthest, _mm512_set1_ps(.5f - kDoubt), _CMP_NLE_UQ), 0))
+    encode_again<kSigned>(x[0], x[1], x[2], x[3], block_scale, codes);
+}
+#elif defined(__AVX2__)
+template <int kBins>
+TILEWISE_INLINE Table8 table_of(const float (&entries)[kBins]) {
+  return {_mm256_loadu_ps(entries)};
+}
+
+// Positions in fixed point, of 16 bits each before and behind the point.
+template <bool kSigned>
+TILEWISE_INLINE __m256i fixed_position(VF x, VF inverse) {
+  static constexpr Bins8<8> bins = kSigned ? kSignedBins8 : kUnsignedBins8;
+  const VF y = (kSigned ? abs(x) : x) * inverse + bins.least;
+  const VI bin = (VI)(__builtin_convertvector((VI)y, VF) * bins.per_bit + (bins.start + kRoundBias));
+  const VF line = y * look_up(table_of(bins.slope), bin) + look_up(table_of(bins.offset), bin);
+  const VF position = min(line, line * .25f + look_up(table_of(bins.bend), bin));
+  const __m256i fixed = _mm256_cvtps_epi32((__m256)position);
+  if (!kSigned) return fixed;
+  return _mm256_add_epi32(_mm256_sign_epi32(fixed, (__m256i)x), _mm256_set1_epi32(int(127.5 * kFine)));
+}
+
+template <bool kSigned>
+TILEWISE_INLINE void encode_four(const VF (&x)[4], float block_scale, VF inverse, uint8_t* codes) {
+  const __m256i halves =
+      _mm256_broadcastsi128_si256(_mm_setr_epi8(2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13));
+  __m256i whole[2], rest[2];  // of two vectors, by turns
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; i++) {
+    const __m256i odd = fixed_position<kSigned>(x[2 * i + 1], inverse);
+    const __m256i even = _mm256_shuffle_epi8(fixed_position<kSigned>(x[2 * i], inverse), halves);
+    whole[i] = _mm256_blend_epi16(even, odd, 0xaa);
+    rest[i] = _mm256_blend_epi16(odd, even, 0xaa);
+  }
+  const __m256i in_quads =
+      _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15));
+  const __m256i bytes = _mm256_shuffle_epi8(_mm256_packus_epi16(whole[0], whole[1]), in_quads);
+  const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes), _mm256_permutevar8x32_epi32(bytes, order));
+  // Codes change where the rest is zero. NaN and infinity arrive as INT_MIN, so as a doubt.
+  const __m256i nearest = _mm256_min_epu16(_mm256_abs_epi16(rest[0]), _mm256_abs_epi16(rest[1]));
+  const __m256i doubt = _mm256_subs_epu16(_mm256_set1_epi16(int(kDoubt * kFine) + 1), nearest);
+  if (__builtin_expect(!_mm256_testz_si256(doubt, doubt), 0))
     encode_again<kSigned>(x[0], x[1], x[2], x[3], block_scale, codes);
 }
 #endif
@@ -277,7 +352,9 @@ struct Encoder8 {
     if (i % 4 < 3) return;
     uint8_t* codes = to + (i - 3) * W;
 #if defined(__AVX512F__)
-    encode_four<kSigned>(four, scale, set1(1 / (scale * float(kBinUnit))), codes);
+    encode_four<kSigned>(four, scale, set1(1 / (scale * (kSigned ? kSignedBins32 : kUnsignedBins32).unit)), codes);
+#elif defined(__AVX2__)
+    encode_four<kSigned>(four, scale, set1(1 / (scale * (kSigned ? kSignedBins8 : kUnsignedBins8).unit)), codes);
 #else
     encode_exactly<kSigned>(four, scale, codes);
 #endif
