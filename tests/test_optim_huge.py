@@ -45,7 +45,7 @@ def _assert_same_end(form, first_block=0, skipped_blocks=0):
 
 @pytest.mark.parametrize("form", ["4bit", "8bit"])
 def test_elements_beyond_2_31(form):
-    """Of the machine's best instruction set; indices are the same code in all. About 150 MB, 2 to 4 s."""
+    """Of the machine's best instruction set; indices are the same code in all. About 100 MB, 2 to 4 s."""
     _assert_same_end(form)
 
 

@@ -29,12 +29,13 @@ struct Averaged {
   static constexpr int kPieces = kPiecesOf<First, Second>;
   BlockValues m[kPieces], v[kPieces];
   float first_scale, second_scale;
-  uint32_t top;  // the largest bits of the second moment
+  uint32_t top;  // the largest bits of what tells if they are finite
 };
 
-// Whether averaging leaves the moments as they will be encoded, and the second tells if both are finite.
+// Whether averaging leaves the moments as they will be encoded. Then the second tells if both are finite, unless it is
+// given: what is not finite is kept out of statistics.
 template <class Rule_, class Second>
-constexpr bool kFinal = Second::kQuantised && Rule_::kFirstIsFinite;
+constexpr bool kFinal = (Second::kQuantised || Second::kGiven) && Rule_::kFirstIsFinite;
 
 template <class Moment_>
 TILEWISE_INLINE void read(Held held, int piece, float factor, BlockValues& x) {
@@ -77,15 +78,18 @@ __attribute__((noinline)) void average_block(const G* g, Held first, Held second
       if constexpr (Second::kAveraged) v[i] = grad * set1(k.square_weight) * grad + v[i];
       if constexpr (First::kKept) block.m[piece][i] = m[i];
       if constexpr (Second::kKept) block.v[piece][i] = v[i];
-      if constexpr (kFinal<Rule_, Second> && First::kKept) first_top = absmax(first_top, m[i]);
+      if constexpr (kFinal<Rule_, Second> && First::kKept && Second::kGiven)
+        first_top = (VF)max((VU)first_top, (VU)abs(m[i]));  // absmax might drop a NaN
+      else if constexpr (kFinal<Rule_, Second> && First::kKept)
+        first_top = absmax(first_top, m[i]);
       if constexpr (kFinal<Rule_, Second>) second_top = max(second_top, (VU)v[i]);
     }
   }
   if constexpr (kFinal<Rule_, Second>) {
     const Tops top = tops_of((VU)first_top, second_top);
     if constexpr (First::kQuantised) block.first_scale = max_of(bits_to_float(top.a), First::Codec::kMinSigned);
-    block.second_scale = max_of(bits_to_float(top.b), Second::Codec::kMinUnsigned);
-    block.top = top.b;
+    if constexpr (Second::kQuantised) block.second_scale = max_of(bits_to_float(top.b), Second::Codec::kMinUnsigned);
+    block.top = Second::kGiven ? max_of(top.a, top.b) : top.b;
   }
 }
 

@@ -75,29 +75,53 @@ void step_staged(const StepParams& params, const StepTensor& t, int64_t begin, i
   }
 }
 
+template <class T>
+TILEWISE_INLINE const float* as_floats(const T* x, int count, float* spare) {
+  if constexpr (sizeof(T) == sizeof(float)) return x;
+  for_each_vector(count, [&](int i, int lanes) { store(spare + i, load(x + i, lanes), lanes); });
+  return spare;
+}
+
 template <class Rule_, class First, class Second, class T>
 void step_direct(const StepParams& params, const StepTensor& t, int64_t begin, int64_t end, const StepConstants& k) {
   constexpr int kElements = kBlock * kPiecesOf<First, Second>;
   T* p = static_cast<T*>(t.param);
   const T* g = static_cast<const T*>(t.grad);
+  const int64_t whole_end = end - (end - begin) % kElements;
+  // A given second moment is made for a segment of blocks at a time.
+  float given[2][Second::kGiven ? kSegment : 1];
+  const auto given_at = [&](int64_t e) { return given[(e - begin) / kSegment % 2] + (e - begin) % kSegment; };
+  const auto second_at = [&](int64_t e) {
+    return Second::kGiven ? Held{given_at(e), nullptr} : Second::at(t.second, e);
+  };
   const auto average = [&](int64_t e, Averaged<First, Second>& block) {
-    const Held first = First::at(t.first, e), second = Second::at(t.second, e);
+    if constexpr (Second::kGiven) {
+      float spare[kSegment];
+      const int count = int(min_of<int64_t>(kSegment, whole_end - e));
+      if ((e - begin) % kSegment == 0) read_given(params, t, e, count, as_floats(g + e, count, spare), given_at(e));
+    }
+    const Held first = First::at(t.first, e), second = second_at(e);
     prefetch_moment<First>(first);
     prefetch_moment<Second>(second);
     average_block<Rule_, First, Second>(g + e, first, second, k, block);
   };
   Averaged<First, Second> blocks[2];
   int64_t e = begin;
-  if (e + kElements <= end) average(e, blocks[0]);
-  for (int now = 0; e + kElements <= end; e += kElements, now ^= 1) {
-    if (e + 2 * kElements <= end) average(e + kElements, blocks[now ^ 1]);
-    finish_block<Rule_, First, Second>(p + e, g + e, First::at(t.first, e), Second::at(t.second, e), k, blocks[now]);
+  if (e < whole_end) average(e, blocks[0]);
+  for (int now = 0; e < whole_end; e += kElements, now ^= 1) {
+    if (e + kElements < whole_end) average(e + kElements, blocks[now ^ 1]);
+    finish_block<Rule_, First, Second>(p + e, g + e, First::at(t.first, e), second_at(e), k, blocks[now]);
+    if constexpr (Second::kGiven) {
+      const int64_t done = (e - begin) % kSegment + kElements;
+      if (t.second.format == Format::rank1 && (done == kSegment || e + kElements == whole_end))
+        write_rank1(t, e + kElements - done, int(done), given_at(e) + kElements - done);
+    }
   }
   if (e < end) step_staged<Rule_, First, Second>(params, t, e, end, k);
 }
 
 // ---- which instance serves a tensor ----
-// A second moment that rows and columns share is given to the block, as factored ones are.
+// A rank-1 second moment is given to the block, as factored ones are.
 struct Instance {
   Rule rule;
   Format first, second;
@@ -106,15 +130,12 @@ struct Instance {
 
 template <class Rule_, class First, class Second>
 constexpr Instance instance() {
-  if constexpr (Second::kGiven)
-    return {Rule_::kRule, First::kFormat, Second::kFormat, &step_staged<Rule_, First, Second>, nullptr, nullptr};
-  else
-    return {Rule_::kRule,
-            First::kFormat,
-            Second::kFormat,
-            &step_staged<Rule_, First, Second>,
-            &step_direct<Rule_, First, Second, float>,
-            &step_direct<Rule_, First, Second, Bf16>};
+  return {Rule_::kRule,
+          First::kFormat,
+          Second::kFormat,
+          &step_staged<Rule_, First, Second>,
+          &step_direct<Rule_, First, Second, float>,
+          &step_direct<Rule_, First, Second, Bf16>};
 }
 
 constexpr Instance kInstances[] = {
@@ -151,7 +172,7 @@ inline const Instance* instance_for(Rule rule, const StepTensor& t) {
 }
 
 inline RangeStep range_step(const StepParams& p, const StepTensor& t, const Instance& i) {
-  const bool plain = p.grad_factor == 1 && p.l2 == 0 && !t.residual && !t.rows;
+  const bool plain = p.grad_factor == 1 && p.l2 == 0 && !t.residual;
   if (!plain || t.param_type != t.grad_type) return i.staged;
   if (t.param_type == Float::f32) return i.direct_f32;
   return t.param_type == Float::bf16 && !p.stochastic_rounding ? i.direct_bf16 : i.staged;
@@ -187,12 +208,25 @@ inline void step_chunks(const StepParams& p, int64_t begin, int64_t end) {
   }
 }
 
+// Tensors whose gradients stay in the second-level caches between the two passes over them; at least one.
+constexpr int64_t kCachedElements = 1 << 18;  // of a thread
+inline int64_t end_of_batch(const StepParams& p, int64_t begin, int64_t threads) {
+  int64_t end = begin, elements = 0;
+  while (end < p.count && (end == begin || elements + p.tensors[end].n <= threads * kCachedElements))
+    elements += p.tensors[end++].n;
+  return end;
+}
+
 const char* step(const StepParams& p, const Runtime& rt) {
   for (int64_t i = 0; i < p.count; i++)
     if (!instance_for(p.rule, p.tensors[i])) return "no kernel for such a pair of moments";
-  if (p.structured) prepare_structured(p, rt);
-  parallel_for(rt, p.chunks, 1, [&](int64_t begin, int64_t end) { step_chunks(p, begin, end); });
-  if (p.structured) publish_scales(p);
+  for (int64_t begin = 0, end; begin < p.count; begin = end) {
+    end = p.structured ? end_of_batch(p, begin, rt.num_threads()) : p.count;
+    if (p.structured) prepare_structured(p, begin, end, rt);
+    const int64_t first = p.tensors[begin].first_chunk, last = end < p.count ? p.tensors[end].first_chunk : p.chunks;
+    parallel_for(rt, last - first, 1, [&](int64_t from, int64_t to) { step_chunks(p, first + from, first + to); });
+    if (p.structured) publish_scales(p, begin, end);
+  }
   return nullptr;
 }
 
