@@ -25,6 +25,7 @@ import numpy  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+from harness import judge  # noqa: E402
 from harness.emulation import MODE, architecture, emulator_library  # noqa: E402
 from tilewise import _C  # noqa: E402
 
@@ -115,15 +116,24 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
+_SEED = int(os.environ.get("TILEWISE_SEED", random.SystemRandom().randrange(2**31)))
+
+
 @pytest.fixture(autouse=True)
 def fresh_seed(request):
-    """Fresh random inputs in every run; the seed is printed when a test fails, and TILEWISE_SEED repeats it."""
-    seed = int(os.environ.get("TILEWISE_SEED", random.SystemRandom().randrange(2**31)))
-    request.node.user_properties.append(("seed", seed))
-    torch.manual_seed(seed)
-    random.seed(seed)
-    numpy.random.seed(seed)
-    print(f"TILEWISE_SEED={seed}")
+    """Fresh random inputs in every run, the same for every device; TILEWISE_SEED repeats what a failed test printed."""
+    request.node.user_properties.append(("seed", _SEED))
+    torch.manual_seed(_SEED)
+    random.seed(_SEED)
+    numpy.random.seed(_SEED)
+    judge.begin(_case(request.node))
+    print(f"TILEWISE_SEED={_SEED}")
+
+
+def _case(item):
+    """What names a test on a device and its parameters, but for the device's instruction set or architecture."""
+    device = item.callspec.params.get("device") if hasattr(item, "callspec") else None
+    return device and (item.path, item.originalname, item.callspec.id.replace(str(device), "", 1), device.kind)
 
 
 def _wanted(item):
@@ -157,6 +167,9 @@ def pytest_collection_modifyitems(config, items):
     wanted = [i for i in items if _wanted(i)]
     if pretend and not config.option.keyword:
         wanted = _ends(wanted)
+    names = {item: _case(item) or item.nodeid for item in wanted}
+    order = {name: i for i, name in enumerate(dict.fromkeys(names.values()))}
+    wanted.sort(key=lambda item: order[names[item]])  # devices of a kind after one another: see judge.begin
     kept = set(map(id, wanted))
     config.hook.pytest_deselected(items=[i for i in items if id(i) not in kept])
     items[:] = wanted

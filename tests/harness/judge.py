@@ -15,8 +15,9 @@ because equal terms cancel (attention to a single key) may keep ``CANCELLED``, 1
 one; this floor holds only where the exact result is zero everywhere.
 """
 
+import hashlib
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -51,15 +52,61 @@ class Yardstick:
     errors: list[torch.Tensor]
 
 
+class _Shared:
+    """The yardsticks of one case: torch's results are the same whichever instruction set or architecture is judged.
+
+    Found again by their place in the test, the bytes of what they are of, and the state of the random numbers, which
+    goes on as if they had been computed again.
+    """
+
+    def __init__(self):
+        self.case, self.place, self.kept = None, 0, {}
+
+    def begin(self, case):
+        if case is None or case != self.case:
+            self.kept.clear()
+        self.case, self.place = case, 0
+
+    def key(self, tensors, count):
+        self.place += 1
+        text = hashlib.sha256(torch.get_rng_state().numpy())
+        for t in tensors:
+            if torch.is_tensor(t):
+                text.update(f"{t.dtype} {t.device} {tuple(t.shape)} {t.stride()}".encode())
+                text.update(t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+            else:
+                text.update(repr(t).encode())
+        return self.place, count, text.digest()
+
+    def of(self, key, compute):
+        if key not in self.kept:
+            found = compute()
+            if self.case is None:
+                return found
+            self.kept[key] = found, torch.get_rng_state()
+        found, state = self.kept[key]
+        torch.set_rng_state(state)
+        return [replace(yardstick) for yardstick in found]
+
+
+_shared = _Shared()
+begin = _shared.begin  # before each test, with what names its case but for the instruction set; None shares nothing
+
+
 def yardsticks(plains, tensors, count: int, exact=None) -> list[Yardstick]:
     """One per output of ``plains``, functions of the tensors in plain torch that may each be the better one.
 
     ``count`` is how many problems to evaluate at least; there are more where a few elements carry most of the error.
     ``exact`` is the function to evaluate in float64, the first of ``plains`` if not given.
     """
+    key = _shared.key(tensors, count)
+    return _shared.of(key, lambda: _yardsticks(plains, tensors, count, exact or plains[0]))
+
+
+def _yardsticks(plains, tensors, count, exact):
     with _one_thread():
-        measured = [_measure(plains, tensors, exact or plains[0])]
-        again = lambda count: [_measure(plains, redrawn(tensors), exact or plains[0]) for _ in range(count)]  # noqa: E731
+        measured = [_measure(plains, tensors, exact)]
+        again = lambda count: [_measure(plains, redrawn(tensors), exact) for _ in range(count)]  # noqa: E731
         measured += again(count - 1)
         measured += again(min(map(_draws, zip(*(errors for _, errors in measured), strict=True))) - count)
     exacts = measured[0][0]
