@@ -26,32 +26,79 @@ TILEWISE_INLINE void transpose(VF (&rows)[W]) {
   }
 }
 
+#if defined(__AVX2__)
+// Lane l: floats 4 c to 4 c + 3 of row 4 l + i.
+template <class Row>
+TILEWISE_INLINE VF load_part(const Row& row, int i, int c) {
 #if defined(__AVX512F__)
-// Columns 4 c to 4 c + 3 of sixteen rows of sixteen floats, one vector each; row(i) gives the address of row i. Half
-// the shuffles of transpose(): 128-bit lanes change places while they are loaded.
+  __m512 part = _mm512_castps128_ps512(_mm_loadu_ps(row(i) + 4 * c));
+  part = _mm512_mask_broadcast_f32x4(part, 0x00f0, _mm_loadu_ps(row(4 + i) + 4 * c));
+  part = _mm512_mask_broadcast_f32x4(part, 0x0f00, _mm_loadu_ps(row(8 + i) + 4 * c));
+  return (VF)_mm512_mask_broadcast_f32x4(part, 0xf000, _mm_loadu_ps(row(12 + i) + 4 * c));
+#else
+  const __m256 low = _mm256_castps128_ps256(_mm_loadu_ps(row(i) + 4 * c));
+  return (VF)_mm256_insertf128_ps(low, _mm_loadu_ps(row(4 + i) + 4 * c), 1);
+#endif
+}
+// From four such parts the four columns.
+TILEWISE_INLINE void turn_parts(VF (&parts)[4]) {
+  VI low, high, front, back;  // within lanes: unpack, then two of one and two of the other
+#pragma GCC unroll 16
+  for (int i = 0; i < W; i++) {
+    const int lane = i / 4 * 4, other = i % 2 * W, half = i % 4 / 2;
+    low[i] = other + lane + half;
+    high[i] = low[i] + 2;
+    front[i] = half * W + lane + i % 2;
+    back[i] = front[i] + 2;
+  }
+  const VF low01 = __builtin_shuffle(parts[0], parts[1], low), high01 = __builtin_shuffle(parts[0], parts[1], high);
+  const VF low23 = __builtin_shuffle(parts[2], parts[3], low), high23 = __builtin_shuffle(parts[2], parts[3], high);
+  parts[0] = __builtin_shuffle(low01, low23, front);
+  parts[1] = __builtin_shuffle(low01, low23, back);
+  parts[2] = __builtin_shuffle(high01, high23, front);
+  parts[3] = __builtin_shuffle(high01, high23, back);
+}
+#endif
+
+// Of W rows of W floats in memory, the columns, one vector each; row(i) gives the address of row i. Each row is read at
+// once: rows a power of two apart push each other out of the cache.
+template <class Row>
+TILEWISE_INLINE void load_turned(const Row& row, VF (&columns)[W]) {
+#if defined(__AVX2__)
+  if constexpr (sizeof(*row(0)) == 4) {
+    VF parts[W / 4][4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++)
+#pragma GCC unroll 4
+      for (int c = 0; c < W / 4; c++) parts[c][i] = load_part(row, i, c);
+#pragma GCC unroll 4
+    for (int c = 0; c < W / 4; c++) {
+      turn_parts(parts[c]);
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; i++) columns[4 * c + i] = parts[c][i];
+    }
+    return;
+  }
+#endif
+#pragma GCC unroll 16
+  for (int i = 0; i < W; i++) columns[i] = load(row(i));
+  transpose(columns);
+}
+
+#if defined(__AVX512F__)
+// Columns 4 c to 4 c + 3 of sixteen such rows. Half the shuffles of transpose(): 128-bit lanes change places while they
+// are loaded.
 template <class Row>
 TILEWISE_INLINE void load_columns(const Row& row, int c, VF (&columns)[4]) {
-  __m512 v[4];  // lane l of v[i]: the four columns of row 4 l + i
 #pragma GCC unroll 4
-  for (int i = 0; i < 4; i++) {
-    v[i] = _mm512_castps128_ps512(_mm_loadu_ps(row(i) + 4 * c));
-    v[i] = _mm512_mask_broadcast_f32x4(v[i], 0x00f0, _mm_loadu_ps(row(4 + i) + 4 * c));
-    v[i] = _mm512_mask_broadcast_f32x4(v[i], 0x0f00, _mm_loadu_ps(row(8 + i) + 4 * c));
-    v[i] = _mm512_mask_broadcast_f32x4(v[i], 0xf000, _mm_loadu_ps(row(12 + i) + 4 * c));
-  }
-  const __m512 low01 = _mm512_unpacklo_ps(v[0], v[1]), high01 = _mm512_unpackhi_ps(v[0], v[1]);
-  const __m512 low23 = _mm512_unpacklo_ps(v[2], v[3]), high23 = _mm512_unpackhi_ps(v[2], v[3]);
-  columns[0] = (VF)_mm512_shuffle_ps(low01, low23, 0x44);
-  columns[1] = (VF)_mm512_shuffle_ps(low01, low23, 0xee);
-  columns[2] = (VF)_mm512_shuffle_ps(high01, high23, 0x44);
-  columns[3] = (VF)_mm512_shuffle_ps(high01, high23, 0xee);
+  for (int i = 0; i < 4; i++) columns[i] = load_part(row, i, c);
+  turn_parts(columns);
 }
 inline void transpose_in_memory(float* block) {
-  VF turned[4][4];
-#pragma GCC unroll 4
-  for (int c = 0; c < 4; c++) load_columns([&](int i) { return block + i * W; }, c, turned[c]);
+  VF turned[W];
+  load_turned([&](int i) { return block + i * W; }, turned);
 #pragma GCC unroll 16
-  for (int i = 0; i < W; i++) store(block + i * W, turned[i / 4][i % 4]);
+  for (int i = 0; i < W; i++) store(block + i * W, turned[i]);
 }
 #endif
 

@@ -60,9 +60,13 @@ struct BackwardTask {
     const T* v = rows(p.v, p.v_strides, run.kv_head, seq.k_row + run.first_key + key);
     const Rows k_rows = as_floats(k, p.k_strides.row, count, p.dim, s.k);
     const Rows v_rows = as_floats(v, p.v_strides.row, count, p.v_dim, s.v);
+    const Columns k_columns = g.tiles() < kPackedTiles
+                                  ? Columns{k_rows.data, k_rows.stride, count}
+                                  : pack_columns(k_rows.data, k_rows.stride, count, p.dim, s.k_panels);
     for (int t = 0; t < g.tiles(); t++)
       meet(t, Meeting{k_rows,
                       v_rows,
+                      k_columns,
                       {g.q.data + t * kLanes * g.q.stride, g.q.stride},
                       {g.dout.data + t * kLanes * g.dout.stride, g.dout.stride},
                       s.dk + key * round_up(p.dim, W),

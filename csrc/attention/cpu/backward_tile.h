@@ -19,13 +19,14 @@ struct BackwardScratch {
   float *p, *ds;              // [key][lane] of one block
   float *q_rows, *dout_rows;  // [query][d] widened, padded to whole vectors
   float *k, *v;               // [key][d] of one block, widened
+  float* k_panels;            // of one block (pack_columns)
   float *dk, *dv;             // [key of the run][d], padded
 };
 
 inline int64_t backward_scratch_floats(const ForwardParams& p, int64_t keys) {
   const int64_t d = round_up(p.dim, 16), dv = round_up(p.v_dim, 16);
   return kBackwardTiles * (2 * d + dv + 4) * kLanes + 2 * kKeys * kLanes +
-         (kBackwardQueries + kKeys + keys) * (d + dv) + 1024;
+         (kBackwardQueries + kKeys + keys) * (d + dv) + kKeys * d + 1024;
 }
 
 inline BackwardScratch carve(const ForwardParams& p, int64_t keys, float* memory) {
@@ -41,6 +42,7 @@ inline BackwardScratch carve(const ForwardParams& p, int64_t keys, float* memory
   s.dout_rows = carver.take(kBackwardQueries * dv);
   s.k = carver.take(kKeys * d);
   s.v = carver.take(kKeys * dv);
+  s.k_panels = carver.take(kKeys * d);
   s.dk = carver.take(keys * d);
   s.dv = carver.take(keys * dv);
   return s;
@@ -118,7 +120,8 @@ inline void outer(int keys, int lanes, const float* a, const Rows& b, float* c, 
 
 // One block of keys and one tile of queries, each as the products need them.
 struct Meeting {
-  Rows k, v;         // of the block
+  Rows k, v;  // of the block
+  Columns k_columns;
   Rows q, dout;      // of the tile
   float *dk, *dv;    // of the block
   int count, lanes;  // keys, queries
@@ -132,7 +135,7 @@ void add_gradients(const ForwardParams& p, const BackwardTile& tile, const Backw
   for (const Region& r : regions) {
     const int lane = r.vector * W, keys = r.end - r.begin, at = r.begin * kLanes + lane;
     const int lanes = min_of(r.vectors * W, m.lanes - lane);
-    kAccumulate[r.vectors - 1](p.dim, keys, m.k.data + r.begin * m.k.stride, m.k.stride, s.ds + at, tile.dq + lane);
+    kAccumulate[r.vectors - 1](p.dim, r.begin, keys, m.k_columns, s.ds + at, tile.dq + lane);
     const Rows q = {m.q.data + lane * m.q.stride, m.q.stride},
                dout = {m.dout.data + lane * m.dout.stride, m.dout.stride};
     outer(keys, lanes, s.p + at, dout, m.dv + r.begin * dv, dv);

@@ -9,6 +9,8 @@ namespace {
 
 constexpr int kTiles = 512 / kLanes;  // tiles of a task: they share a block of keys while it is in the L2 cache
 constexpr int kTaskQueries = kTiles * kLanes;
+constexpr int kPackedTiles = 3;  // from so many on it pays to pack the columns of a block
+constexpr int kMostRaised = 2;   // blocks of a tile that are done twice before scores are stored first
 // Probabilities are taken relative to a reference score, not to the running maximum: exact while no score exceeds it by
 // more than this (in powers of two). Then the reference is raised to the maximum and the block is done again.
 constexpr float kSlack = 16.f;
@@ -20,36 +22,79 @@ struct ForwardTile {
   float* reference;  // [lane]
   float* sum;        // [lane] of probabilities
   bool started;
+  int raised;  // blocks that were done again because scores rose
 };
 struct ForwardScratch {
   ForwardTile tiles[kTiles];
   float* probabilities;     // [key][lane] of one block
   float *block_sum, *peak;  // [lane]: of one block, the sum of probabilities and the highest score
+  MaskBits bits;            // of one block
+  ToCome* to_come;          // of the bias
   float *k, *v;             // [key][d] of one block, widened
+  float* v_panels;          // of one block (pack_columns)
 };
 
 inline int64_t forward_scratch_floats(const ForwardParams& p) {
   const int64_t d = round_up(p.dim, 16), dv = round_up(p.v_dim, 16);
-  return kTiles * (d + dv + 4) * kLanes + (kKeys + 4) * kLanes + kKeys * (d + dv) + 64 * kTiles;
+  return kTiles * (d + dv + 4) * kLanes + (kKeys + 4 + kMaskWords) * kLanes + kKeys * (d + 2 * dv) + 64 * kTiles;
 }
 
 inline ForwardScratch carve(const ForwardParams& p, float* memory) {
   Carver carver{memory};
   ForwardScratch s;
   for (ForwardTile& tile : s.tiles)
-    tile = {carver.take(p.dim * kLanes), carver.take(p.v_dim * kLanes), carver.take(kLanes), carver.take(kLanes),
-            false};
+    tile = {
+        carver.take(p.dim * kLanes), carver.take(p.v_dim * kLanes), carver.take(kLanes), carver.take(kLanes), false, 0};
   s.probabilities = carver.take(kKeys * kLanes);
   s.block_sum = carver.take(kLanes);
   s.peak = carver.take(kLanes);
+  s.bits.words = reinterpret_cast<int32_t*>(carver.take(kMaskWords * kLanes));
   s.k = carver.take(kKeys * round_up(p.dim, W));
   s.v = carver.take(kKeys * round_up(p.v_dim, W));
+  s.v_panels = carver.take(kKeys * p.v_dim);
   return s;
 }
 
+// A product by row against a tile, between whose steps some of what is to come is asked for: `share` lines a key.
+template <int M, int N>
+TILEWISE_INLINE void multiply_and_ask(VF (&acc)[M][N], int depth, const float* a, int64_t lda, const float* tile,
+                                      ToCome& to_come) {
+  constexpr int kStep = 16;
+  const int lines = static_cast<int>(ceil_div(M * to_come.share, ceil_div(depth, kStep)));
+  for (int d = 0; d < depth; d += kStep) {
+    multiply<Operand::by_row>(acc, min_of(kStep, depth - d), a + d, lda, tile + d * kLanes, kLanes);
+    for (int i = 0; i < lines; i++) to_come.ask();
+  }
+}
+
+// What becomes of a product before it is weighed: nothing, or what a causal region, a mask or the rules' extras hide or
+// add. Extras stand where the probabilities will.
+enum class Change { none, diagonal, mask, extra };
+
+// What a change of one region needs to know, by value: stores of probabilities could be to anything behind a pointer.
+struct Changed {
+  MaskBits bits;
+  float* probabilities;
+  int lane, step, diagonal;  // of the region
+
+  Changed(const Region& r, const ForwardScratch& s)
+      : bits(s.bits), probabilities(s.probabilities), lane(r.vector * W), step(r.step), diagonal(r.diagonal) {}
+  // The score of a key of the block and vector v of the region.
+  template <Change kChange>
+  TILEWISE_INLINE VF score(VF score, int key, int v) const {
+    if constexpr (kChange == Change::diagonal)
+      if (v == 0) return select(iota() >= set1i(key * step - diagonal), score, set1(-kInfinity));
+    if constexpr (kChange == Change::mask) return bits.hide(score, lane + v * W, key);
+    if constexpr (kChange == Change::extra)
+      return HeadRules::added(score, load(probabilities + key * kLanes + lane + v * W));
+    return score;
+  }
+};
+
 // Probabilities of one region for N vectors, with the statistics of the block.
-template <int N, bool kMasked>
+template <int N, Change kChange>
 void score_region(const Region& region, int dim, const Rows& k, const ForwardTile& tile, const ForwardScratch& s) {
+  const Changed changed(region, s);
   const int lane = region.vector * W;
   VF reference[N], sum[N], peak[N];
 #pragma GCC unroll 8
@@ -62,15 +107,16 @@ void score_region(const Region& region, int dim, const Rows& k, const ForwardTil
     constexpr int M = decltype(block)::value;
     const int key = region.begin + i;
     VF acc[M][N] = {};
-    multiply<Operand::by_row>(acc, dim, k.data + key * k.stride, k.stride, tile.q + lane, kLanes);
+    if constexpr (kChange == Change::extra)
+      multiply_and_ask(acc, dim, k.data + key * k.stride, k.stride, tile.q + lane, *s.to_come);
+    else
+      multiply<Operand::by_row>(acc, dim, k.data + key * k.stride, k.stride, tile.q + lane, kLanes);
     float* p = s.probabilities + key * kLanes + lane;
 #pragma GCC unroll 8
     for (int m = 0; m < M; m++) {
 #pragma GCC unroll 8
       for (int v = 0; v < N; v++) {
-        VF score = acc[m][v];
-        if (kMasked && v == 0)
-          score = select(iota() >= set1i((key + m) * region.step - region.diagonal), score, set1(-kInfinity));
+        const VF score = changed.template score<kChange>(acc[m][v], key + m, v);
         peak[v] = max(peak[v], score);
         VF e = exp2(score - reference[v]);
         sum[v] += e;
@@ -86,14 +132,23 @@ void score_region(const Region& region, int dim, const Rows& k, const ForwardTil
 }
 
 using ScoreRegion = void (*)(const Region&, int, const Rows&, const ForwardTile&, const ForwardScratch&);
-constexpr ScoreRegion kScoreRegion[][2] = {
-    {score_region<1, false>, score_region<1, true>},
-    {score_region<2, false>, score_region<2, true>},
-    {score_region<3, false>, score_region<3, true>},
+constexpr ScoreRegion kScoreRegion[][4] = {
+    {score_region<1, Change::none>, score_region<1, Change::diagonal>, score_region<1, Change::mask>,
+     score_region<1, Change::extra>},
+    {score_region<2, Change::none>, score_region<2, Change::diagonal>, score_region<2, Change::mask>,
+     score_region<2, Change::extra>},
+    {score_region<3, Change::none>, score_region<3, Change::diagonal>, score_region<3, Change::mask>,
+     score_region<3, Change::extra>},
 #if defined(__AVX512F__)
-    {score_region<4, false>, score_region<4, true>},
+    {score_region<4, Change::none>, score_region<4, Change::diagonal>, score_region<4, Change::mask>,
+     score_region<4, Change::extra>},
 #endif
 };
+
+inline void score(const Region& r, Change change, int dim, const Rows& k, const ForwardTile& tile,
+                  const ForwardScratch& s) {
+  kScoreRegion[r.vectors - 1][static_cast<int>(change)](r, dim, k, tile, s);
+}
 
 // The score of the first key is a good reference for most rows. Nothing lower than the lowest finite number serves: a
 // row of -inf keeps probability zero.
@@ -128,24 +183,24 @@ inline void raise_reference(ForwardTile& tile, const ForwardScratch& s, int vect
 
 // out += weights * values, and their sum.
 template <class List>
-void add_values(const ForwardParams& p, ForwardTile& tile, const ForwardScratch& s, const Rows& v, const List& regions,
-                int vectors) {
+void add_values(const ForwardParams& p, ForwardTile& tile, const ForwardScratch& s, const Columns& v,
+                const List& regions, int vectors) {
   for (int i = 0; i < vectors; i++) store(tile.sum + i * W, load(tile.sum + i * W) + load(s.block_sum + i * W));
   for (const Region& r : regions) {
     const int lane = r.vector * W;
-    kAccumulate[r.vectors - 1](p.v_dim, r.end - r.begin, v.data + r.begin * v.stride, v.stride,
-                               s.probabilities + r.begin * kLanes + lane, tile.out + lane);
+    kAccumulate[r.vectors - 1](p.v_dim, r.begin, r.end - r.begin, v, s.probabilities + r.begin * kLanes + lane,
+                               tile.out + lane);
   }
 }
 
 // Adds the regions of a block of keys to a tile of `vectors` vectors that has a reference.
 template <class List>
-void attend(const ForwardParams& p, ForwardTile& tile, const ForwardScratch& s, const Rows& k, const Rows& v,
+void attend(const ForwardParams& p, ForwardTile& tile, const ForwardScratch& s, const Rows& k, const Columns& v,
             const List& regions, int vectors) {
   for (int attempt = 0; attempt < 2; attempt++) {
     fill(s.block_sum, kLanes, 0);
     fill(s.peak, kLanes, kLowest);
-    for (const Region& r : regions) kScoreRegion[r.vectors - 1][r.masked](r, p.dim, k, tile, s);
+    for (const Region& r : regions) score(r, r.masked ? Change::diagonal : Change::none, p.dim, k, tile, s);
     if (attempt == 1 || !exceeds(tile, s, vectors)) break;
     raise_reference(tile, s, vectors, p.v_dim);
   }
@@ -154,11 +209,8 @@ void attend(const ForwardParams& p, ForwardTile& tile, const ForwardScratch& s, 
 
 // The same under rules. Scores are stored before their weights are taken, so nothing is done twice, not even where the
 // tile has no reference yet.
-inline void attend_ruled(const ForwardParams& p, const HeadRules& rules, const Place& at, ForwardTile& tile,
-                         const ForwardScratch& s, const Rows& k, const Rows& v) {
-  const RuledRegions regions(rules, p.rules, at);
-  if (regions.size == 0) return;
-  if (regions.plain && tile.started) return attend(p, tile, s, k, v, regions, at.vectors());
+inline void attend_stored(const ForwardParams& p, const HeadRules& rules, const Place& at, const RuledRegions& regions,
+                          ForwardTile& tile, const ForwardScratch& s, const Rows& k, const Columns& v) {
   fill(s.block_sum, kLanes, 0);
   fill(s.peak, kLanes, kLowest);
   for (const Region& r : regions) {
@@ -170,6 +222,62 @@ inline void attend_ruled(const ForwardParams& p, const HeadRules& rules, const P
   if (exceeds(tile, s, at.vectors())) raise_reference(tile, s, at.vectors(), p.v_dim);
   for (const Region& r : regions) exponentiate(rules, r, at, tile.reference, s.probabilities, s.block_sum);
   add_values(p, tile, s, v, regions, at.vectors());
+}
+
+// The highest of a region's first scores: one of several keys is likely to be seen.
+template <Change kChange>
+void start_region(const Region& r, int dim, const Rows& k, ForwardTile& tile, const ForwardScratch& s) {
+  const Changed changed(r, s);
+  for (int v = 0; v < r.vectors; v++) {
+    VF acc[kRows][1] = {}, peak = set1(kLowest);
+    multiply<Operand::by_row>(acc, dim, k.data + r.begin * k.stride, k.stride, tile.q + v * W, kLanes);
+    for (int m = 0; m < kRows; m++) peak = max(changed.template score<kChange>(acc[m][0], r.begin + m, v), peak);
+    store(tile.reference + v * W, peak);
+  }
+  tile.started = true;
+}
+
+inline void start_changed(Change change, const Region& r, int dim, const Rows& k, ForwardTile& tile,
+                          const ForwardScratch& s) {
+  change == Change::mask ? start_region<Change::mask>(r, dim, k, tile, s)
+                         : start_region<Change::extra>(r, dim, k, tile, s);
+}
+
+// The same where scores are weighed while they are in registers, as without rules. False where that cannot be: before a
+// block that not all vectors of a tile without a reference begin with, or where scores rose too far.
+inline bool attend_changed(const ForwardParams& p, const HeadRules& rules, const Place& at, const RuledRegions& regions,
+                           ForwardTile& tile, ForwardScratch& s, const Rows& k, const Columns& v) {
+  const bool masks = rules.only_masks();
+  const Region& first = regions.list[0];
+  if (!tile.started && (first.vectors < at.vectors() || !first.masked || first.end - first.begin < kRows)) return false;
+  fill(s.block_sum, kLanes, 0);
+  fill(s.peak, kLanes, kLowest);
+  if (masks) s.bits.take(rules, at);
+  ToCome to_come;
+  if (rules.only_biased()) to_come = ToCome(rules, at);
+  s.to_come = &to_come;
+  for (const Region& r : regions)  // all before any is weighed: squares reach into the regions beside
+    if (r.masked && !masks) write_extras(rules, r, at, s.probabilities);
+  for (const Region& r : regions) {
+    const Change change = !r.masked ? Change::none : masks ? Change::mask : Change::extra;
+    if (!tile.started) start_changed(change, r, p.dim, k, tile, s);
+    score(r, change, p.dim, k, tile, s);
+  }
+  if (exceeds(tile, s, at.vectors())) {
+    tile.raised++;
+    return false;
+  }
+  add_values(p, tile, s, v, regions, at.vectors());
+  return true;
+}
+
+inline void attend_ruled(const ForwardParams& p, const HeadRules& rules, const Place& at, ForwardTile& tile,
+                         ForwardScratch& s, const Rows& k, const Columns& v) {
+  const RuledRegions regions(rules, p.rules, at);
+  if (regions.size == 0) return;
+  if (regions.plain && tile.started) return attend(p, tile, s, k, v, regions, at.vectors());
+  if (rules.only_adds() && tile.raised < kMostRaised && attend_changed(p, rules, at, regions, tile, s, k, v)) return;
+  attend_stored(p, rules, at, regions, tile, s, k, v);
 }
 
 // Normalises `count` rows of a tile and writes them to out(row) and lse(row); the first `blind` of them see no key.
@@ -254,8 +362,10 @@ struct ForwardTask {
   Rows k_block(int64_t key, int count) const {
     return as_floats(k + key * p.k_strides.row, p.k_strides.row, count, p.dim, s.k);
   }
-  Rows v_block(int64_t key, int count) const {
-    return as_floats(v + key * p.v_strides.row, p.v_strides.row, count, p.v_dim, s.v);
+  Columns v_block(int64_t key, int count) const {
+    const Rows rows = as_floats(v + key * p.v_strides.row, p.v_strides.row, count, p.v_dim, s.v);
+    if (tiles() < kPackedTiles) return {rows.data, rows.stride, count};
+    return pack_columns(rows.data, rows.stride, count, p.v_dim, s.v_panels);
   }
 
   void attend_all() {
@@ -263,14 +373,15 @@ struct ForwardTask {
     const int64_t end = max_of<int64_t>(0, min_of<int64_t>(seq.keys, rows.begin + rows.queries + diagonal));
     for (int64_t key = 0; key < end; key += kKeys) {
       const int count = static_cast<int>(min_of<int64_t>(kKeys, end - key));
-      const Rows k_rows = k_block(key, count), v_rows = v_block(key, count);
+      const Rows k_rows = k_block(key, count);
+      const Columns v_columns = v_block(key, count);
       for (int t = 0; t < tiles(); t++) {
         const int64_t first = query_of(t) + diagonal - key;  // the last key of the block that lane 0 sees
         const int visible = static_cast<int>(min_of<int64_t>(count, first + rows_of(t) / rows.heads));
         if (visible <= 0) continue;
         const int vectors = static_cast<int>(ceil_div(rows_of(t), W));
         if (!s.tiles[t].started) start(s.tiles[t], vectors, p.dim, k_rows);
-        attend(p, s.tiles[t], s, k_rows, v_rows, Regions(visible, first, vectors, rows.heads), vectors);
+        attend(p, s.tiles[t], s, k_rows, v_columns, Regions(visible, first, vectors, rows.heads), vectors);
       }
     }
   }
@@ -281,9 +392,10 @@ struct ForwardTask {
     for (int64_t key = rules.next_seen(first, last, 0); key < seq.keys; key = rules.next_seen(first, last, key)) {
       key = key / block * block;
       const int count = static_cast<int>(min_of<int64_t>(block, seq.keys - key));
-      const Rows k_rows = k_block(key, count), v_rows = v_block(key, count);
+      const Rows k_rows = k_block(key, count);
+      const Columns v_columns = v_block(key, count);
       for (int t = 0; t < tiles(); t++)
-        tilewise::attend_ruled(p, rules, {query_of(t), key, rows_of(t), count}, s.tiles[t], s, k_rows, v_rows);
+        tilewise::attend_ruled(p, rules, {query_of(t), key, rows_of(t), count}, s.tiles[t], s, k_rows, v_columns);
       key += block;
     }
   }

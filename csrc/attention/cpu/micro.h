@@ -106,18 +106,39 @@ TILEWISE_INLINE void add_block(const VF (&acc)[M][N], float* c, int64_t ldc) {
     for (int v = 0; v < N; v++) store(c + m * ldc + v * W, load(c + m * ldc + v * W) + acc[m][v]);
 }
 
-// c[m][lane] += sum over k < depth of a(m, k) * b[k][lane] for N vectors of lanes; b and c are tiles.
+// Rows whose columns are the broadcast operand: as they lie, or in panels.
+struct Columns {
+  const float* data;
+  int64_t stride;  // of rows; 0: panels
+  int depth;       // rows of a panel
+};
+
+// Panels: the columns of one block of for_rows() side by side, row by row, so that they are read without gaps. (Rows of
+// 512 bytes share an eighth of the L1 cache's sets, which do not keep a block's until the next columns are read.)
+inline Columns pack_columns(const float* rows, int64_t stride, int depth, int columns, float* space) {
+  for_rows(columns, [&](auto block, int m) {
+    constexpr int M = decltype(block)::value;
+    float* to = space + int64_t(m) * depth;
+    for (int k = 0; k < depth; k++) __builtin_memcpy(to + k * M, rows + k * stride + m, M * sizeof(float));
+  });
+  return {space, 0, depth};
+}
+
+// c[m][lane] += sum over k < depth of a(m, first + k) * b[k][lane] for N vectors of lanes; b and c are tiles.
 template <int N>
-void accumulate(int rows, int depth, const float* a, int64_t lda, const float* b, float* c) {
-  for_rows(rows, [&](auto block, int m) {
-    VF acc[decltype(block)::value][N] = {};
-    multiply<Operand::by_column>(acc, depth, a + m, lda, b, kLanes);
+void accumulate(int columns, int first, int depth, const Columns& a, const float* b, float* c) {
+  for_rows(columns, [&](auto block, int m) {
+    constexpr int M = decltype(block)::value;
+    VF acc[M][N] = {};
+    const bool panels = a.stride == 0;
+    const float* from = a.data + (panels ? int64_t(m) * a.depth + first * M : first * a.stride + m);
+    multiply<Operand::by_column>(acc, depth, from, panels ? M : a.stride, b, kLanes);
     add_block(acc, c + m * kLanes, kLanes);
   });
 }
 
 // table[n - 1] works on n vectors of lanes.
-using Accumulate = void (*)(int, int, const float*, int64_t, const float*, float*);
+using Accumulate = void (*)(int, int, int, const Columns&, const float*, float*);
 constexpr Accumulate kAccumulate[] = {accumulate<1>, accumulate<2>, accumulate<3>,
 #if defined(__AVX512F__)
                                       accumulate<4>

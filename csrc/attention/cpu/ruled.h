@@ -1,5 +1,6 @@
-// Tiles of queries under rules beside causality. Products are stored as they are and adjusted in a pass of their own:
-// the rules are asked row by row, W keys at a time, and their answers turned on the diagonal to meet lanes of queries.
+// Tiles of queries under rules beside causality. The rules are asked row by row, W keys at a time, and their answers
+// turned on the diagonal to meet lanes of queries. They wait where the products will stand; or products are stored as
+// they are and adjusted in a pass of their own. A mask alone is not turned: its bits stand by key in words of the rows.
 #pragma once
 #include "attention/cpu/rules.h"
 #include "attention/cpu/tile.h"
@@ -101,9 +102,72 @@ TILEWISE_INLINE void for_squares(const Region& r, const F& body) {
 
 // What the rules add, by key of a square: extra[key % W] of lanes [lane, lane + W).
 TILEWISE_INLINE void turn_extra(const HeadRules& rules, const Place& at, int lane, int key, VF (&extra)[W]) {
-  rules.extras(at.row + lane, at.key + key / W * W, extra);
-  transpose(extra);
+  rules.extras(at.row + lane, at.key + key / W * W, [&](int j, VF column) { extra[j] = column; });
 }
+
+// Extras of keys [r.begin, r.end) go where products of the same places will stand, and of up to W - 1 keys beside them.
+inline void write_extras(const HeadRules& rules, const Region& r, const Place& at, float* to) {
+  for_squares(r, [&](int lane, int first, int) {
+    float* const base = to + first / W * W * kLanes + lane;
+    rules.extras(at.row + lane, at.key + first / W * W, [&](int j, VF column) { store(base + j * kLanes, column); });
+  });
+}
+
+// A mask's bits of a tile and a block, in words that hold lanes side by side.
+constexpr int kMaskWords = kRuledKeys / 32 + 2;
+struct MaskBits {
+  int32_t* words;  // [word][lane]: bit i of word n lets the lane see key 32 n + i - offset of the block
+  int offset;
+
+  void take(const HeadRules& rules, const Place& at) {
+    offset = static_cast<int>(at.key % 32);
+    const int64_t first = at.key / 32;
+    const int count = static_cast<int>((at.key + at.keys - 1) / 32 - first) + 1;
+    for (int i = 0; i < at.vectors() * W; i++) {
+      const uint32_t* from = rules.mask_row(at.row + i) + first;
+      for (int n = 0; n < count; n++) words[n * kLanes + i] = static_cast<int32_t>(from[n]);
+    }
+  }
+  TILEWISE_INLINE VF hide(VF score, int lane, int key) const {
+    const uint32_t bit = offset + key;
+    const VI word = load(words + bit / 32 * kLanes + lane);
+#if defined(__AVX512F__)
+    const __mmask16 seen = _mm512_test_epi32_mask((__m512i)word, _mm512_set1_epi32(int32_t(1u << bit % 32)));
+    return (VF)_mm512_mask_mov_ps(_mm512_set1_ps(-kInfinity), seen, (__m512)score);
+#elif defined(__AVX2__)
+    const __m256i sign = _mm256_sllv_epi32((__m256i)word, _mm256_set1_epi32(int32_t(31 - bit % 32)));
+    return (VF)_mm256_blendv_ps(_mm256_set1_ps(-kInfinity), (__m256)score, (__m256)sign);
+#else
+    return select((word << int32_t(31 - bit % 32)) < VI{}, score, set1(-kInfinity));
+#endif
+  }
+};
+
+// Lines of the bias that the next tile or block will need, row by row.
+struct ToCome {
+  const char* next = nullptr;
+  int64_t skip = 0;  // from the end of one row's lines to the next row's, in bytes
+  int left = 0, line = 0, lines = 1, share = 0;
+
+  ToCome() = default;
+  ToCome(const HeadRules& rules, const Place& at) {
+    int64_t stride;
+    next = rules.bias_to_come(at.row, at.key, stride);
+    lines = static_cast<int>(ceil_div(at.keys * rules.bias_bytes(), 64));
+    skip = stride - lines * 64;
+    left = lines * kLanes;
+    share = static_cast<int>(ceil_div(left, at.keys));
+  }
+  TILEWISE_INLINE void ask() {
+    if (left == 0) return;
+    __builtin_prefetch(next, 0, 2);
+    next += 64;
+    left--;
+    if (++line < lines) return;
+    line = 0;
+    next += skip;
+  }
+};
 
 // What dropout multiplies weights by, for lanes from `lane` on; asks for random words once for eight keys.
 class KeptLanes {

@@ -3,6 +3,7 @@
 #pragma once
 #include "attention/cpu/problem.h"
 #include "common/philox.h"
+#include "common/transpose.h"
 
 namespace tilewise {
 namespace {
@@ -122,15 +123,17 @@ class HeadRules {
     return select(extra == set1(-kInfinity), extra, score + extra);
   }
 
-  // extra(row + i, key) for i < W.
-  TILEWISE_INLINE void extras(int64_t row, int64_t key, VF (&extras)[W]) const {
-    if (plainly_biased() && !hides_ && row + W <= queries_ && key + W <= keys_)
-      return with_bias(row, key, [&](const auto* from) {
-        const int64_t bytes = ahead(row);
-        for (int i = 0; i < W; i++, from += r_.bias_row) extras[i] = bias_ahead(from, bytes);
-      });
+  // extra(row + i, key + j) for i and j < W, turned on the diagonal: to(j, of rows [row, row + W)).
+  template <class F>
+  TILEWISE_INLINE void extras(int64_t row, int64_t key, const F& to) const {
+    if (only_biased() && row + W <= queries_ && key + W <= keys_)
+      return with_bias(row, key, [&](const auto* from) { turn(from, to); });
+    VF extras[W];
 #pragma GCC unroll 1
     for (int i = 0; i < W; i++) extras[i] = extra(row + i, key);
+    transpose(extras);
+#pragma GCC unroll 16
+    for (int j = 0; j < W; j++) to(j, extras[j]);
   }
 
   // Whether seen scores change by a bias alone, whose keys lie side by side. with_bias(row, key, f) then calls f with
@@ -154,12 +157,25 @@ class HeadRules {
     return in_base_2(load(from));
   }
 
+  // Whether scores are hidden or have a bias added, and no more. (Those of ALiBi rise along a row.)
+  bool only_adds() const { return !caps() && !r_.alibi_slopes && !drops(); }
+
+  // Whether a bias is all that changes scores, and what of it to ask for ahead of row and key; rows are `stride` bytes
+  // apart.
+  bool only_biased() const { return plainly_biased() && !hides_; }
+  int bias_bytes() const { return size_of(r_.bias_type); }
+  const char* bias_to_come(int64_t row, int64_t key, int64_t& stride) const {
+    stride = r_.bias_row * size_of(r_.bias_type);
+    return bias_ + row * stride + key * size_of(r_.bias_type) + ahead(row);
+  }
+
   // Whether a mask is all there is.
   bool only_masks() const {
     const bool windows = r_.window_left != kUnlimited || r_.window_right != kUnlimited;
     return mask_ && !windows && !blocks_ && !changes_scores() && !drops();
   }
-  const uint32_t* mask_row(int64_t row) const { return mask_ + row * r_.mask_row; }
+  // Rows may be asked for that do not exist.
+  const uint32_t* mask_row(int64_t row) const { return mask_ + min_of(row, queries_ - 1) * r_.mask_row; }
   int64_t mask_stride() const { return r_.mask_row; }
 
   // softcap * tanh(score / softcap); its derivative is 1 - tanh^2.
@@ -205,9 +221,16 @@ class HeadRules {
 
   static int size_of(Type type) { return type == Type::f32 ? 4 : 2; }
 
-  // A bias below all finite scores hides a key by its size alone, unless all are as low: it stays finite.
-  TILEWISE_INLINE static VF in_base_2(VF bias) {
-    return select(bias == set1(-kInfinity), bias, max(set1(kLowest), bias * kFloatLog2e));
+  // A bias below all finite scores hides a key by its size alone, unless all are as low: it stays finite. (-inf times
+  // zero is NaN, beside which max() returns the other.)
+  TILEWISE_INLINE static VF in_base_2(VF bias) { return max(bias * set1(0) + kLowest, bias * kFloatLog2e); }
+
+  template <class T, class F>
+  TILEWISE_INLINE void turn(const T* from, const F& to) const {
+    VF columns[W];
+    load_turned([&](int i) { return from + i * r_.bias_row; }, columns);
+#pragma GCC unroll 16
+    for (int j = 0; j < W; j++) to(j, in_base_2(columns[j]));
   }
 
   TILEWISE_INLINE VF bias(int64_t row, int64_t key) const {
