@@ -19,7 +19,7 @@
 namespace tilewise {
 namespace {
 
-constexpr const char* kIsaNames[kIsaCount] = {"generic", "avx2", "avx512", "amx"};
+constexpr const char* kIsaNames[kIsaCount] = {"generic", "avx2", "avx512", "amx", "amx_fp16"};
 
 // AMX tiles with products of bf16 and bytes, and the operating system's leave to use them, which holds for all threads.
 // Asked of the processor itself: not every compiler knows the features' names.
@@ -38,6 +38,16 @@ bool may_use_tiles() {
 #endif
 }
 
+bool tiles_take_fp16() {
+#if defined(__x86_64__)
+  constexpr unsigned kAmxFp16 = 1u << 21;
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  return __get_cpuid_count(7, 1, &a, &b, &c, &d) && a & kAmxFp16;
+#else
+  return false;
+#endif
+}
+
 bool machine_has(Isa isa) {
 #if defined(__x86_64__)
   __builtin_cpu_init();  // also asks the operating system whether it saves the wide registers
@@ -47,6 +57,7 @@ bool machine_has(Isa isa) {
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
   if (isa == Isa::avx512) return avx512;
   if (isa == Isa::amx) return avx512 && may_use_tiles();
+  if (isa == Isa::amx_fp16) return avx512 && may_use_tiles() && tiles_take_fp16();
 #endif
   return isa == Isa::generic;
 }
@@ -182,6 +193,7 @@ bool host_checks_indices(Device device) {
 
 Runtime runtime_for(Device device, void* stream) {
   Runtime rt = make_runtime(stream);
+  rt.fp16_tiles = current_isa() == Isa::amx_fp16;
   rt.fault = host_checks_indices(device) ? nullptr : fault_word(device);
   if (rt.fault && *rt.fault != kNoFault) {
     const uint32_t fault = *rt.fault;

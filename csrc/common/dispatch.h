@@ -6,8 +6,9 @@
 
 namespace tilewise {
 
-enum class Isa : int { generic, avx2, avx512, amx };
-constexpr int kIsaCount = 4;
+// The last has no kernels of its own: those of amx ask Runtime whether they may use its instruction.
+enum class Isa : int { generic, avx2, avx512, amx, amx_fp16 };
+constexpr int kIsaCount = 5;
 
 // A family's kernels on every machine. `Kernels` is the family's struct of KernelFn pointers (its params.h); a null
 // pointer in it means that this level has no kernel of its own, and on CPU the next lower one serves.

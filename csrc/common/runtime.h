@@ -20,6 +20,7 @@ struct Runtime {
   // same device, so nothing waits. The kernel itself skips or clamps the index. Null on CPU, where the host validates
   // indices before they are followed.
   uint32_t* fault;
+  bool fp16_tiles = false;  // whether AMX tiles may multiply fp16 (tdpfp16ps)
 };
 
 // What a device-side index check can find; the next call on the device raises with its text.

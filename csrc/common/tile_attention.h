@@ -2,17 +2,18 @@
 // O += weights V (Dao et al., arXiv:2205.14135). The rows are tokens, heads of a group or both, the keys come from
 // anywhere; what a row may see is a policy.
 #pragma once
+#include "common/half_tiles.h"
 #include "common/softmax.h"
-#include "common/tiles.h"
 
 namespace tilewise {
 namespace {
 
 constexpr int kMaxBlockKeys = 96;
-constexpr float kLowestReference = -3.402823466e38f;
+constexpr float kFloatMost = 3.402823466e38f, kLowestReference = -kFloatMost;
 // Weights are taken relative to a reference score, not to the running maximum: exact while no score exceeds it by more
-// than this (in powers of two). Then that row's reference is raised and its block done again.
-constexpr float kReferenceSlack = 16.f;
+// than this (in powers of two), or here, while no lane of a row sums more weight than kMostWeight. Then that row's
+// reference is raised and its block done again.
+constexpr float kReferenceSlack = 16.f, kMostWeight = 65504.f;  // as much as fp16 holds
 
 // 2^t for t <= 127, and 0 for -inf: within 8e-8, on both sides of the true value, so that sums do better.
 TILEWISE_INLINE VF fast_exp2(VF t) {
@@ -66,6 +67,37 @@ struct Count {
   static constexpr int value = N;
 };
 
+// How operands become tiles. Numbers in bf16 parts have float32's range, and no scales.
+template <class T>
+struct Bf16Operands {
+  static constexpr int kParts = tilewise::kParts<T>, kColumnOrder = kParts;
+  static constexpr bool kScaled = false;
+  static constexpr float kHeadroom = 0;
+  using Products = PartProducts<kParts>;
+  using Layout = TileLayout<kParts>;
+
+  template <class Row>
+  static void pack_queries(Packed* to, float*, const Layout& layout, const Row& row, int count, int padded, int dim) {
+    pack_left<T>(to, layout, row, count, padded, dim);
+  }
+  static TILEWISE_INLINE void split_weights(VF low, VF high, Halves (&parts)[kParts]) { split(low, high, parts); }
+};
+// float32 in fp16 parts. Weights keep away from fp16's lower end: the reference is below the score it was taken from.
+struct Fp16Operands {
+  static constexpr int kParts = 2, kColumnOrder = 1;
+  static constexpr bool kScaled = true;
+  static constexpr float kHeadroom = 7;  // in powers of two
+  using Products = HalfProducts;
+  using Layout = HalfLayout;
+
+  template <class Row>
+  static void pack_queries(Packed* to, float* units, const Layout& layout, const Row& row, int count, int padded,
+                           int dim) {
+    pack_left_halves(to, units, layout, row, count, padded, dim);
+  }
+  static TILEWISE_INLINE void split_weights(VF low, VF high, Halves (&parts)[2]) { split_halves(low, high, parts); }
+};
+
 // A tile of up to 32 rows and its running result.
 struct AttentionRows {
   const Packed* q;   // packed left operand
@@ -73,12 +105,14 @@ struct AttentionRows {
   float* sums;       // [row][W]: of weights, to be added up at the end
   float* reference;  // [row], in powers of two
   bool started;
+  float* units = nullptr;  // [row], of scaled queries: what one is worth
+  float value_scale = 0;   // of scaled values, and by that of `out`; 0: none yet
 };
 
-template <class T>
+template <class T, class Operands = Bf16Operands<T>>
 class TileAttention {
  public:
-  static constexpr int P = kParts<T>;
+  static constexpr int P = Operands::kParts;
 
   // `rows` in all, in tiles of 32; blocks of keys that divide, or are divided by, `key_step` if possible, of `keys`
   // keys or (0) as fit the L1 cache.
@@ -96,34 +130,42 @@ class TileAttention {
 
   // Bytes of workspace for `tiles` tiles of rows, 64-byte aligned.
   int64_t bytes(int tiles) const {
-    return (max_of(key_size(), value_size()) + weight_size()) * sizeof(Packed) +
-           int64_t(tiles) * kMaxRows * keys_ * sizeof(float);
+    return (max_of(key_size(), value_size()) + tiles * weight_size()) * sizeof(Packed) +
+           2 * kMaxRows * keys_ * sizeof(float);
   }
   void use(void* memory) {
     block_ = static_cast<Packed*>(memory);
-    weights_ = block_ + max_of(key_size(), value_size());
-    scores_ = reinterpret_cast<float*>(weights_ + weight_size());
+    scores_ = reinterpret_cast<float*>(block_ + max_of(key_size(), value_size()));
+    weights_ = reinterpret_cast<Packed*>(scores_ + 2 * kMaxRows * keys_);
   }
 
+  // `units`: [padded], if operands are scaled.
   template <class Row>
-  void pack_queries(Packed* to, const Row& row, int count, int padded) const {
-    pack_left<T>(to, q_, row, count, padded, dim_);
+  void pack_queries(Packed* to, const Row& row, int count, int padded, float* units = nullptr) const {
+    Operands::pack_queries(to, units, q_, row, count, padded, dim_);
   }
 
   // Adds a block of `keys` keys, whose rows k(i) and v(i) give, to tiles of rows. plan.rows(t) says how many rows tile
   // t has, plan.keys(t) how many of the block's keys it needs, and plan.see(t, f) calls f with the policy that says
   // what its rows see.
   //
-  // First the scores of all tiles, then the rest: so only the keys or the values, packed, take room in the L1 cache.
+  // First the weights of all tiles, then what they add: so only the keys or the values, packed, take room in the L1
+  // cache. The products of the next tile's scores are taken between the rows of one tile's weights.
   template <class KRow, class VRow, class Plan>
   void add_block(AttentionRows* tiles, int count, const KRow& k, const VRow& v, int keys, const Plan& plan) {
-    pack_right_transposed<T>(block_, q_, k, keys, padded(keys), dim_);
-    for_tiles(count, plan, [&](auto m, int t) { score<decltype(m)::value>(tiles[t], scores_of(t), plan.keys(t)); });
-    pack_right<T>(block_, v_, v, keys, padded(keys), v_dim_);
-    for_tiles(count, plan, [&](auto m, int t) {
-      plan.see(t, [&](const auto& visible) { weigh(tiles[t], scores_of(t), plan, t, visible); });
-      add_values<decltype(m)::value>(tiles[t], plan.keys(t));
-    });
+    pack_keys(k, keys);
+    int t = next_tile(count, plan, 0);
+    if (t < count) plan.rows(t) > kTileRows ? score<2>(tiles[t], plan.keys(t)) : score<1>(tiles[t], plan.keys(t));
+    for (int turn = 0; t < count; turn ^= 1) {
+      const int next = next_tile(count, plan, t + 1);
+      Scoring scoring = scores_of(tiles, count, plan, next, turn ^ 1);
+      plan.see(t,
+               [&](const auto& visible) { weigh(tiles[t], scores(turn), weights_of(t), plan, t, visible, scoring); });
+      t = next;
+    }
+    pack_values(tiles, count, plan, v, keys);
+    for_tiles(count, plan,
+              [&](auto m, int t) { add_values<decltype(m)::value>(tiles[t], weights_of(t), plan.keys(t)); });
   }
 
   // Whether the result of `count` rows is finite. Where it is not, infinite inputs may have met parts that are zero and
@@ -141,7 +183,8 @@ class TileAttention {
     for (int d = 0; d < columns(); d += kTileDepth) {
       const float* from = rows.out + i * columns() + d;
       VF low = load(from), high = load(from + W);
-      natural_columns<P>(low, high);
+      if constexpr (Operands::kScaled) low *= 1 / scale_of(rows.value_scale), high *= 1 / scale_of(rows.value_scale);
+      natural_columns<Operands::kColumnOrder>(low, high);
       take(d, low);
       if (d + W < v_dim_) take(d + W, high);
     }
@@ -168,9 +211,10 @@ class TileAttention {
   int dim_, v_dim_;
   VF scale_;
   int keys_;
+  float key_unit_ = 1;        // what one of a scaled key is worth
   TileLayout<P> q_, v_;       // of queries and keys; of values and weights
-  Packed *block_, *weights_;  // keys, then values; the weights of one tile
-  float* scores_;             // [tile][row][keys_]
+  Packed *block_, *weights_;  // keys, then values; [tile] weights
+  float* scores_;             // of two tiles in turn: [row][keys_]
 
   // What is packed of a block stays in the L1 cache, beside scores, weights and the rows that pass through. For a
   // single tile of 16 rows it does not matter, nothing is used twice: four columns of tiles are best.
@@ -190,7 +234,59 @@ class TileAttention {
 
   static int padded(int keys) { return static_cast<int>(round_up(keys, kTileDepth)); }
 
-  float* scores_of(int t) const { return scores_ + int64_t(t) * kMaxRows * keys_; }
+  template <class KRow>
+  void pack_keys(const KRow& k, int keys) {
+    if constexpr (Operands::kScaled) {
+      const float* rows[kMaxBlockKeys];
+      const float scale = scale_to(14, find_rows(rows, k, keys, dim_));
+      key_unit_ = 1 / scale;
+      pack_right_halves_transposed(block_, q_, rows, keys, padded(keys), dim_, set1(scale));
+    } else {
+      pack_right_transposed<T>(block_, q_, k, keys, padded(keys), dim_);
+    }
+  }
+  template <class VRow, class Plan>
+  void pack_values(AttentionRows* tiles, int count, const Plan& plan, const VRow& v, int keys) {
+    if constexpr (Operands::kScaled) {
+      const float* rows[kMaxBlockKeys];
+      set_value_scale(tiles, count, plan, find_rows(rows, v, keys, v_dim_));
+      pack_right_halves(block_, v_, rows, keys, padded(keys), v_dim_, set1(scale_of(tiles->value_scale)));
+    } else {
+      pack_right<T>(block_, v_, v, keys, padded(keys), v_dim_);
+    }
+  }
+  // The addresses of a block's rows, asked once, and the largest magnitude there.
+  template <class Row>
+  static float find_rows(const float** rows, const Row& row, int count, int dim) {
+    Largest largest;
+    for (int i = 0; i < count; i++) {
+      rows[i] = row(i);
+      largest.add(rows[i], dim);
+    }
+    return largest.most();
+  }
+  static float scale_of(float value_scale) { return value_scale == 0 ? 1 : value_scale; }
+  // All blocks have one scale, as results add up; it leaves room for larger values, and where that does not suffice, a
+  // smaller one is taken, for what was summed before too.
+  template <class Plan>
+  void set_value_scale(AttentionRows* tiles, int count, const Plan& plan, float most) const {
+    const float before = tiles->value_scale;
+    if (!(most > 0 && most <= kFloatMost) || (before != 0 && most * before <= 32768.f)) return;
+    const float after = scale_to(10, most);
+    for (int t = 0; t < count; t++) {
+      tiles[t].value_scale = after;
+      if (before == 0) continue;
+      for (int i = 0; i < plan.rows(t) * columns(); i += W)
+        store(tiles[t].out + i, load(tiles[t].out + i) * (after / before));
+    }
+  }
+  // Of row i, what its products are multiplied with.
+  TILEWISE_INLINE VF score_scale(const AttentionRows& tile, int i) const {
+    if constexpr (Operands::kScaled) return scale_ * (tile.units[i] * key_unit_);
+    return scale_;
+  }
+
+  Packed* weights_of(int t) const { return weights_ + t * weight_size(); }
 
   // f(tiles of 16 rows, tile) for every tile that needs some key.
   template <class Plan, class F>
@@ -201,70 +297,88 @@ class TileAttention {
     }
   }
 
-  template <int M>
-  void score(const AttentionRows& tile, float* scores, int keys) const {
-    multiply_columns<P, M>(run_of(tile.q, q_, 0), block_, q_, padded(keys) / kTileRows, q_.steps, scores, keys_, false);
+  float* scores(int turn) const { return scores_ + turn * kMaxRows * keys_; }
+
+  using Scoring = MultiplyInSteps<P, typename Operands::Products>;
+  template <class Plan>
+  static int next_tile(int count, const Plan& plan, int t) {
+    while (t < count && plan.keys(t) <= 0) t++;
+    return t;
+  }
+  template <class Plan>
+  Scoring scores_of(const AttentionRows* tiles, int count, const Plan& plan, int t, int turn) const {
+    if (t >= count) return {};
+    const int m = plan.rows(t) > kTileRows ? 2 : 1, columns = padded(plan.keys(t)) / kTileRows;
+    return {m, run_of(tiles[t].q, q_, 0), block_, q_, columns, scores(turn), keys_};
   }
   template <int M>
-  void add_values(const AttentionRows& tile, int keys) const {
-    multiply_columns<P, M>(run_of(weights_, v_, 0), block_, v_, columns() / kTileRows, padded(keys) / kTileDepth,
-                           tile.out, columns(), true);
+  void score(const AttentionRows& tile, int keys) const {
+    multiply_columns<P, M, typename Operands::Products>(run_of(tile.q, q_, 0), block_, q_, padded(keys) / kTileRows,
+                                                        q_.steps, scores_, keys_, false);
+  }
+  template <int M>
+  void add_values(const AttentionRows& tile, const Packed* weights, int keys) const {
+    multiply_columns<P, M, typename Operands::Products>(run_of(weights, v_, 0), block_, v_, columns() / kTileRows,
+                                                        padded(keys) / kTileDepth, tile.out, columns(), true);
   }
 
   template <class Plan, class Visible>
-  void weigh(AttentionRows& tile, const float* scores, const Plan& plan, int t, const Visible& visible) {
-    const int end = padded(plan.keys(t));
-    for (int i = 0; i < plan.rows(t); i++, scores += keys_) {
+  void weigh(AttentionRows& tile, const float* scores, Packed* weights, const Plan& plan, int t, const Visible& visible,
+             Scoring& scoring) {
+    const int end = padded(plan.keys(t)), rows = plan.rows(t), steps = scoring.steps();
+    int due = 0;
+    for (int i = 0; i < rows; i++, scores += keys_) {
       plan.meanwhile();
+      for (due += steps; due >= rows; due -= rows) scoring.take(1);
       if (!tile.started) set_reference(tile, i, scores, visible);
-      if (!weigh_row(tile, i, scores, end, visible, kReferenceSlack)) {
+      if (!weigh_row(tile, i, scores, weights, end, visible, kMostWeight)) {
         raise_reference(tile, i, scores, end, visible);
-        weigh_row(tile, i, scores, end, visible, kInfinity);
+        weigh_row(tile, i, scores, weights, end, visible, kInfinity);
       }
     }
     tile.started = true;
   }
 
-  // Weights of row i, in parts; false, and no sum, where some score is further above the reference than `slack`. A NaN
-  // makes the sum, and by that the result, NaN.
+  // Weights of row i, in parts; false, and nothing summed, where a lane has more than `most`. A NaN makes the sum, and
+  // by that the result, NaN.
   template <class Visible>
-  TILEWISE_INLINE bool weigh_row(AttentionRows& tile, int i, const float* scores, int end, const Visible& visible,
-                                 float slack) const {
-    Packed* to = weights_ + v_.at(i / kTileRows, 0, 0) + i % kTileRows * kTileDepth;
-    const VF reference = set1(tile.reference[i]);
-    VF sum_low = {}, sum_high = {}, peak_low = set1(kLowestReference), peak_high = peak_low;
+  TILEWISE_INLINE bool weigh_row(AttentionRows& tile, int i, const float* scores, Packed* weights, int end,
+                                 const Visible& visible, float most) const {
+    Packed* to = weights + v_.at(i / kTileRows, 0, 0) + i % kTileRows * kTileDepth;
+    const VF reference = set1(tile.reference[i]), scale = score_scale(tile, i);
+    VF sum_low = {}, sum_high = {};
     for (int key = 0; key < end; key += kTileDepth, to += kTileSize) {
-      VF low = seen_score(visible, load(scores + key) * scale_, reference, i, key);
-      VF high = seen_score(visible, load(scores + key + W) * scale_, reference, i, key + W);
-      peak_low = max(peak_low, low);
-      peak_high = max(peak_high, high);
+      VF low = seen_score(visible, load(scores + key) * scale, reference, i, key);
+      VF high = seen_score(visible, load(scores + key + W) * scale, reference, i, key + W);
       low = fast_exp2(low);
       high = fast_exp2(high);
       sum_low += low;
       sum_high += high;
       Halves parts[P];
-      split(met_weight(visible, low, i, key), met_weight(visible, high, i, key + W), parts);
+      Operands::split_weights(met_weight(visible, low, i, key), met_weight(visible, high, i, key + W), parts);
 #pragma GCC unroll 4
       for (int p = 0; p < P; p++) _mm512_store_si512(to + v_.at(0, p, 0), parts[p]);
     }
-    if (any(max(peak_low, peak_high) > set1(slack))) return false;
-    store(tile.sums + i * W, load(tile.sums + i * W) + (sum_low + sum_high));
+    const VF sum = sum_low + sum_high;
+    if (any(sum > set1(most))) return false;
+    store(tile.sums + i * W, load(tile.sums + i * W) + sum);
     return true;
   }
 
   // The score of the first key is a good reference for most rows, if the row sees it.
   template <class Visible>
   TILEWISE_INLINE void set_reference(AttentionRows& tile, int i, const float* scores, const Visible& visible) const {
-    tile.reference[i] = max_of(seen_score(visible, load(scores) * scale_, VF{}, i, 0)[0], kLowestReference);
+    const float first = seen_score(visible, load(scores) * score_scale(tile, i), VF{}, i, 0)[0];
+    tile.reference[i] = max_of(first - Operands::kHeadroom, kLowestReference);
   }
 
   // Raises the reference of row i to its largest score of the block, and rescales what was summed before.
   template <class Visible>
   void raise_reference(AttentionRows& tile, int i, const float* scores, int end, const Visible& visible) const {
-    VF peak = set1(tile.reference[i]);
+    VF peak = set1(kLowestReference);
     for (int key = 0; key < end; key += W)
-      peak = max(peak, seen_score(visible, load(scores + key) * scale_, VF{}, i, key));
-    const float after = reduce_max(peak);
+      peak = max(peak, seen_score(visible, load(scores + key) * score_scale(tile, i), VF{}, i, key));
+    const float after = max_of(reduce_max(peak) - Operands::kHeadroom, tile.reference[i]);
     const VF factor = exp2(set1(tile.reference[i]) - set1(after));
     tile.reference[i] = after;
     store(tile.sums + i * W, load(tile.sums + i * W) * factor);

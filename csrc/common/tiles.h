@@ -315,17 +315,24 @@ TILEWISE_INLINE TileRun run_of(const Packed* packed, const TileLayout<P>& layout
   return {packed + layout.at(tile, 0, 0), layout.part_stride(), layout.tile_stride()};
 }
 
+struct Bf16Products {
+  template <int C, int A, int B>
+  static TILEWISE_INLINE void multiply() {
+    multiply_tiles<C, A, B>();
+  }
+};
+
 // Which products of parts are summed, in an order in which mostly one operand stays.
 template <int P>
-struct PartProducts {
+struct PartProducts : Bf16Products {
   static constexpr int count = 1, left[] = {0}, right[] = {0};
 };
 template <>
-struct PartProducts<2> {
+struct PartProducts<2> : Bf16Products {
   static constexpr int count = 4, left[] = {0, 1, 1, 0}, right[] = {0, 0, 1, 1};
 };
 template <>
-struct PartProducts<3> {
+struct PartProducts<3> : Bf16Products {
   static constexpr int count = 6, left[] = {0, 1, 2, 0, 1, 0}, right[] = {0, 0, 0, 1, 1, 2};
 };
 
@@ -358,54 +365,91 @@ TILEWISE_INLINE void end_tiles(float* c, int64_t c_stride) {
   if constexpr (M * N == 4) store_tile<3>(rest + kTileRows, row_bytes);
 }
 
-template <int P, int M, int N>
-TILEWISE_INLINE void multiply_packed(const TileRun& left, const TileRun& right, int steps, float* c, int64_t c_stride,
-                                     bool add) {
-  using Products = PartProducts<P>;
-  begin_tiles<M, N>(c, c_stride, add);
-  for (int k = 0; k < steps; k++)
+// Adds the products of step k.
+template <int P, int M, int N, class Products>
+TILEWISE_INLINE void multiply_step(const TileRun& left, const TileRun& right, int k) {
 #pragma GCC unroll 8
-    for (int i = 0; i < Products::count; i++) {
-      const Packed* a = left.first + Products::left[i] * left.part_stride + k * kTileSize;
-      const Packed* b = right.first + Products::right[i] * right.part_stride + k * kTileSize;
-      const bool new_left = i == 0 || Products::left[i] != Products::left[i - 1];
-      const bool new_right = i == 0 || Products::right[i] != Products::right[i - 1];
-      if (new_left) load_tile<4>(a, 64);
-      if constexpr (N == 4) {
-        load_tile<5>(b, 64);
-        load_tile<6>(b + right.tile_stride, 64);
-        load_tile<7>(b + 2 * right.tile_stride, 64);
-        multiply_tiles<0, 4, 5>();
-        load_tile<5>(b + 3 * right.tile_stride, 64);
-        multiply_tiles<1, 4, 6>();
-        multiply_tiles<2, 4, 7>();
-        multiply_tiles<3, 4, 5>();
-      } else {
-        if (new_right) load_tile<6>(b, 64);
-        multiply_tiles<0, 4, 6>();
-        if (new_right) load_tile<7>(b + right.tile_stride, 64);
-        multiply_tiles<1, 4, 7>();
-        if constexpr (M == 2) {
-          if (new_left) load_tile<5>(a + left.tile_stride, 64);
-          multiply_tiles<2, 5, 6>();
-          multiply_tiles<3, 5, 7>();
-        }
+  for (int i = 0; i < Products::count; i++) {
+    const Packed* a = left.first + Products::left[i] * left.part_stride + k * kTileSize;
+    const Packed* b = right.first + Products::right[i] * right.part_stride + k * kTileSize;
+    const bool new_left = i == 0 || Products::left[i] != Products::left[i - 1];
+    const bool new_right = i == 0 || Products::right[i] != Products::right[i - 1];
+    if (new_left) load_tile<4>(a, 64);
+    if constexpr (N == 4) {
+      load_tile<5>(b, 64);
+      load_tile<6>(b + right.tile_stride, 64);
+      load_tile<7>(b + 2 * right.tile_stride, 64);
+      Products::template multiply<0, 4, 5>();
+      load_tile<5>(b + 3 * right.tile_stride, 64);
+      Products::template multiply<1, 4, 6>();
+      Products::template multiply<2, 4, 7>();
+      Products::template multiply<3, 4, 5>();
+    } else {
+      if (new_right) load_tile<6>(b, 64);
+      Products::template multiply<0, 4, 6>();
+      if (new_right) load_tile<7>(b + right.tile_stride, 64);
+      Products::template multiply<1, 4, 7>();
+      if constexpr (M == 2) {
+        if (new_left) load_tile<5>(a + left.tile_stride, 64);
+        Products::template multiply<2, 5, 6>();
+        Products::template multiply<3, 5, 7>();
       }
     }
+  }
+}
+
+template <int P, int M, int N, class Products = PartProducts<P>>
+TILEWISE_INLINE void multiply_packed(const TileRun& left, const TileRun& right, int steps, float* c, int64_t c_stride,
+                                     bool add) {
+  begin_tiles<M, N>(c, c_stride, add);
+  for (int k = 0; k < steps; k++) multiply_step<P, M, N, Products>(left, right, k);
   end_tiles<M, N>(c, c_stride);
 }
 
 // The same for M rows of tiles and any even number of columns of tiles.
-template <int P, int M>
+template <int P, int M, class Products = PartProducts<P>>
 TILEWISE_INLINE void multiply_columns(const TileRun& left, const Packed* right, const TileLayout<P>& layout, int tiles,
                                       int steps, float* c, int64_t c_stride, bool add) {
   int n = 0;
   if constexpr (M == 1)
     for (; n + 4 <= tiles; n += 4)
-      multiply_packed<P, 1, 4>(left, run_of(right, layout, n), steps, c + n * kTileRows, c_stride, add);
+      multiply_packed<P, 1, 4, Products>(left, run_of(right, layout, n), steps, c + n * kTileRows, c_stride, add);
   for (; n < tiles; n += 2)
-    multiply_packed<P, M, 2>(left, run_of(right, layout, n), steps, c + n * kTileRows, c_stride, add);
+    multiply_packed<P, M, 2, Products>(left, run_of(right, layout, n), steps, c + n * kTileRows, c_stride, add);
 }
+
+// multiply_columns() in small steps, to be taken between vector instructions that need none of it.
+template <int P, class Products = PartProducts<P>>
+class MultiplyInSteps {
+ public:
+  MultiplyInSteps() = default;
+  MultiplyInSteps(int m, const TileRun& left, const Packed* right, const TileLayout<P>& layout, int tiles, float* c,
+                  int64_t c_stride)
+      : m_(m), tiles_(tiles), layout_(layout), left_(left), right_(right), c_(c), stride_(c_stride) {}
+
+  int steps() const { return tiles_ / 2 * layout_.steps; }
+  TILEWISE_INLINE void take(int steps) {
+    for (; steps > 0 && n_ < tiles_; steps--) m_ == 2 ? step<2>() : step<1>();
+  }
+
+ private:
+  int m_ = 1, tiles_ = 0, n_ = 0, k_ = 0;
+  TileLayout<P> layout_{0};
+  TileRun left_{};
+  const Packed* right_ = nullptr;
+  float* c_ = nullptr;
+  int64_t stride_ = 0;
+
+  template <int M>
+  TILEWISE_INLINE void step() {
+    if (k_ == 0) begin_tiles<M, 2>(c_, stride_, false);
+    multiply_step<P, M, 2, Products>(left_, run_of(right_, layout_, n_), k_);
+    if (++k_ < layout_.steps) return;
+    end_tiles<M, 2>(c_ + n_ * kTileRows, stride_);
+    n_ += 2;
+    k_ = 0;
+  }
+};
 
 }  // namespace
 }  // namespace tilewise

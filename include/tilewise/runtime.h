@@ -9,7 +9,7 @@ const char* version();
 // CUDA architectures compiled into this build ("80", "90a", ...); empty for a CPU-only build.
 std::vector<std::string> cuda_architectures();
 
-// CPU instruction sets this machine can run, in rising order: "generic", "avx2", "avx512", "amx".
+// CPU instruction sets this machine can run, in rising order: "generic", "avx2", "avx512", "amx", "amx_fp16".
 std::vector<std::string> isa_levels();
 const char* isa();
 // Selects a level of isa_levels(); throws Error (value) for any other name. The environment variable TILEWISE_ISA does

@@ -288,7 +288,7 @@ NARROW_ORDER = 128  # below it bfloat16 gains nothing
 def _product_dtype(job):
     """bfloat16 for roots in 4 bits where its products are several times faster: it rounds far less than the codes."""
     g, quantized = job.gradient, job.left.quantized and job.right.quantized
-    fast = min(g.shape) >= NARROW_ORDER and (g.is_cuda or _C.isa() == "amx")
+    fast = min(g.shape) >= NARROW_ORDER and (g.is_cuda or _C.isa().startswith("amx"))
     return torch.bfloat16 if quantized and fast else torch.float32
 
 

@@ -26,10 +26,10 @@ struct SeesBits {
   }
 };
 
-template <class T, class Visibility>
+template <class T, class Operands, class Visibility>
 struct MatrixTask {
   const Task<Visibility>& task;
-  TileAttention<T> attention;
+  TileAttention<T, Operands> attention;
   int tiles;
   AttentionRows rows[kTeamSize][kMatrixTiles];
 
@@ -43,7 +43,7 @@ struct MatrixTask {
   int tile_rows(int t) const { return min_of(kMatrixRows, task.rows - t * kMatrixRows); }
 
   bool start(const Runtime& rt) {
-    const int64_t q_size = attention.query_size(kMatrixRows), state = kMatrixRows * (attention.columns() + W + 1);
+    const int64_t q_size = attention.query_size(kMatrixRows), state = kMatrixRows * (attention.columns() + W + 2);
     const int64_t room = attention.bytes(tiles), all = task.heads * tiles;
     char* memory = scratch<char>(rt, 2, room + all * (q_size * sizeof(Packed) + state * sizeof(float)));
     if (!memory) return false;
@@ -54,10 +54,11 @@ struct MatrixTask {
     for (int h = 0; h < task.heads; h++) {
       const Task<Visibility> own = task.of_head(h);
       for (int t = 0; t < tiles; t++, q += q_size, at += state) {
-        float* sums = at + kMatrixRows * attention.columns();
-        rows[h][t] = {q, at, sums, sums + kMatrixRows * W, false};
+        float *sums = at + kMatrixRows * attention.columns(), *reference = sums + kMatrixRows * W;
+        float* units = reference + kMatrixRows;
+        rows[h][t] = {q, at, sums, reference, false, units};
         attention.pack_queries(
-            q, [&](int i) { return own.template query<T>(t * kMatrixRows + i); }, tile_rows(t), kMatrixRows);
+            q, [&](int i) { return own.template query<T>(t * kMatrixRows + i); }, tile_rows(t), kMatrixRows, units);
       }
     }
     return true;
@@ -98,7 +99,7 @@ struct MatrixTask {
       const int64_t end = now.first + now.count;
       next.find(task, end, keys.block_end(end, block), source);
       Ahead ahead(next, head_bytes(task.p.k_strides), head_bytes(task.p.v_strides), task.heads);
-      const int lines = many() ? 0 : ahead.share(int64_t(task.heads) * (task.rows + 2 * now.count));
+      const int lines = ahead.share(int64_t(task.heads) * (task.rows + 2 * now.count));
       for (int h = 0; h < task.heads; h++) {
         const auto rows_of = [&](const char* const* at, const PageStrides& strides) {
           return [&ahead, lines, at, offset = h * head_bytes(strides)](int i) {
@@ -131,12 +132,12 @@ struct MatrixTask {
 
 // By head: on vectors what is too small for tiles, what they do not serve, and where parts of infinite inputs may have
 // become NaN.
-template <class T, class Visibility>
+template <class T, class Operands, class Visibility>
 bool attend_on_tiles(const Task<Visibility>& task, const Runtime& rt) {
   const bool few = task.rows <= kFewRows && FloatRows<T>(task.p.dim).serves_few();
   uint32_t left = (1u << task.heads) - 1;
   if (!few && task.p.softcap == 0) {
-    MatrixTask<T, Visibility> work(task);
+    MatrixTask<T, Operands, Visibility> work(task);
     if (!work.start(rt)) return false;
     work.run();
     for (int h = 0; h < task.heads; h++) {
@@ -168,16 +169,22 @@ const char* attend_few_on_tiles(const typename Visibility::Params& p, const Runt
   return attend_teams<WordTeam<Source, Visibility>, Visibility>(p, rt);
 }
 
+template <class T, class Operands, class Visibility>
+const char* run_on_tiles(const typename Visibility::Params& p, const Runtime& rt) {
+  const int rows = p.tokens * (p.q_heads / p.kv_heads);
+  const bool team = rows > kFewRows && rows <= kTeamRows && p.softcap == 0;
+  return run_tasks<Visibility>(p, rt, {team ? kTeamSize : 1}, [](const Task<Visibility>& task, const Runtime& rt) {
+    return attend_on_tiles<T, Operands>(task, rt);
+  });
+}
+
 template <class Visibility>
 const char* attend_float_pages_on_tiles(const typename Visibility::Params& p, const Runtime& rt) {
   if (p.type == Type::bf16 && fits_team(p)) return attend_few_on_tiles<FloatRows<Bf16>, Visibility>(p, rt);
+  if (p.type == Type::f32 && rt.fp16_tiles) return run_on_tiles<float, Fp16Operands, Visibility>(p, rt);
   return with_type(p.type, [&](auto type) {
     using T = decltype(type);
-    const int rows = p.tokens * (p.q_heads / p.kv_heads);
-    const bool team = rows > kFewRows && rows <= kTeamRows && p.softcap == 0;
-    return run_tasks<Visibility>(p, rt, {team ? kTeamSize : 1}, [](const Task<Visibility>& task, const Runtime& rt) {
-      return attend_on_tiles<T>(task, rt);
-    });
+    return run_on_tiles<T, Bf16Operands<T>, Visibility>(p, rt);
   });
 }
 
