@@ -11,8 +11,8 @@ namespace {
 constexpr int kMaxBlockKeys = 96;
 constexpr float kFloatMost = 3.402823466e38f, kLowestReference = -kFloatMost;
 // Weights are taken relative to a reference score, not to the running maximum: exact while no score exceeds it by more
-// than this (in powers of two), or here, while no lane of a row sums more weight than kMostWeight. Then that row's
-// reference is raised and its block done again.
+// than kReferenceSlack (in powers of two) or, as told here, while no lane of a row sums more weight than kMostWeight.
+// Then that row's reference is raised and its block done again.
 constexpr float kReferenceSlack = 16.f, kMostWeight = 65504.f;  // as much as fp16 holds
 
 // 2^t for t <= 127, and 0 for -inf: within 8e-8, on both sides of the true value, so that sums do better.

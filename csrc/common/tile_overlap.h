@@ -209,7 +209,7 @@ class OverlappedAttention {
     }
     VF highest = {};
     for (int i = 0; i < kTileRows; i++) highest = max(highest, load(sums_ + i * W));
-    if (any(highest > set1(kHighestSum))) raise_references(visible, run, weights);
+    if (any(highest > set1(kMostWeight))) raise_references(visible, run, weights);
     for (int i = 0; i < kTileRows * W; i += W) store(run.sums + i, load(run.sums + i) + load(sums_ + i));
   }
 
@@ -251,10 +251,6 @@ class OverlappedAttention {
 
   // ---- references (TileAttention) ----
 
-  // Sums beyond this tell that some score exceeds the reference by about kReferenceSlack or more: that many ones do not
-  // fit a block.
-  static constexpr float kHighestSum = 1 << static_cast<int>(kReferenceSlack);
-
   template <class Visible>
   void set_references(const Visible& visible, const Run& run, const float* scores) const {
     for (int i = 0; i < kTileRows; i++, scores += kTileDepth)
@@ -269,7 +265,7 @@ class OverlappedAttention {
     multiply_columns<1, 1>({run.q, 0, 0}, k_, kKeyLayout, 2 * run.units, kSteps, all_scores_, keys_, false);
     const float* scores = all_scores_;
     for (int i = 0; i < kTileRows; i++, scores += keys_) {
-      if (!any(load(sums_ + i * W) > set1(kHighestSum))) continue;
+      if (!any(load(sums_ + i * W) > set1(kMostWeight))) continue;
       raise_reference(visible, run, i, scores);
       for (int unit = 0; unit < run.units; unit++)
         weigh_row(visible, run, i, unit, scores + unit * kTileDepth, weights + unit * kTileSize + i * kTileDepth);
