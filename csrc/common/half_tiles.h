@@ -1,11 +1,12 @@
-// float32 on AMX tiles of fp16, at the level `amx_fp16`: a number is two fp16 parts, and of the four products of parts
-// three are summed in float32.
+// float32 on AMX tiles of fp16, at the level `amx_fp16`: a number is two fp16 parts, and the four products of parts are
+// summed in float32.
 //
 // Each part is rounded to nearest: 11 bits, and 12 of what is left with its sign. So two parts are off by 2^-23 at
-// most, and the product left out is 2^-22 at most of the largest, both at random: what one rounding of float32 does.
-// That is half the products of three parts in bf16 (tiles.h), but only within fp16's range. So a row or a block is
-// multiplied with a power of two that brings its largest number near the upper end; numbers down to 2^-15 of that keep
-// all their bits, and none is off by more than 2^-39 of it.
+// most, as random as one rounding of float32. (Three products, without low times low, leave out up to 2^-22: sums of
+// few terms then differ by more than twice what float32 costs.) That is two thirds of the products of three parts in
+// bf16 (tiles.h), each at the same speed, but only within fp16's range. So a row or a block is multiplied with a power
+// of two that brings its largest number near the upper end; numbers down to 2^-15 of that keep all their bits, and none
+// is off by more than 2^-39 of it.
 #pragma once
 #include "common/tiles.h"
 
@@ -13,7 +14,7 @@ namespace tilewise {
 namespace {
 
 struct HalfProducts {
-  static constexpr int count = 3, left[] = {0, 1, 0}, right[] = {0, 0, 1};
+  static constexpr int count = 4, left[] = {0, 1, 1, 0}, right[] = {0, 0, 1, 1};
   // tdpfp16ps, which not every assembler knows.
   template <int C, int A, int B>
   static TILEWISE_INLINE void multiply() {
