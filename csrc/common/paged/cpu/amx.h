@@ -161,7 +161,7 @@ template <class Source, class Visibility>
 const char* attend_few_on_tiles(const typename Visibility::Params& p, const Runtime& rt) {
   if constexpr (ByteRows<Source>::kServed)
     if (fits_bytes(p)) {
-      const int rows = p.tokens * (p.q_heads / p.kv_heads);
+      const int rows = team_rows(p);
       if (rows == 1) return attend_teams<ByteTeam<Source, Visibility, 1>, Visibility>(p, rt);
       if (rows == 2) return attend_teams<ByteTeam<Source, Visibility, 2>, Visibility>(p, rt);
       return attend_teams<ByteTeam<Source, Visibility, 4>, Visibility>(p, rt);
@@ -171,7 +171,7 @@ const char* attend_few_on_tiles(const typename Visibility::Params& p, const Runt
 
 template <class T, class Operands, class Visibility>
 const char* run_on_tiles(const typename Visibility::Params& p, const Runtime& rt) {
-  const int rows = p.tokens * (p.q_heads / p.kv_heads);
+  const int rows = team_rows(p);
   const bool team = rows > kFewRows && rows <= kTeamRows && p.softcap == 0;
   return run_tasks<Visibility>(p, rt, {team ? kTeamSize : 1}, [](const Task<Visibility>& task, const Runtime& rt) {
     return attend_on_tiles<T, Operands>(task, rt);

@@ -13,6 +13,10 @@ constexpr int kTeamKeys = 2 * kTileRows;
 constexpr Share kTeamShare = {8, kTeamKeys, 512};
 alignas(64) constexpr char kZeroRow[2 * kMaxHeadDim + 64] = {};
 
+inline int team_rows(const AttentionParams& p) {
+  return p.tokens * (p.q_heads / p.kv_heads);
+}
+
 // The running result of one head's rows.
 struct TeamHead {
   int32_t* q;        // [step][row of a tile][part][row], what a product sums: two words, or four bytes

@@ -16,7 +16,7 @@ namespace {
 constexpr int kPlaces = 4;  // of bytes that a product sums
 
 inline bool fits_bytes(const AttentionParams& p) {
-  return p.type == Type::bf16 && p.tokens * (p.q_heads / p.kv_heads) * kPlaces <= kTileRows;
+  return p.type == Type::bf16 && team_rows(p) * kPlaces <= kTileRows;
 }
 
 // R: rows, as the compiler knows them; the last of a task's may stand for more than one.

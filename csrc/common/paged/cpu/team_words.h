@@ -14,15 +14,16 @@ namespace tilewise::paged {
 namespace {
 
 // In how many parts queries and weights meet codes or bf16, which are one. 16 bits of a weight are enough for results
-// in bf16, 8 are not.
+// in bf16; more rows of a cache in bf16 take 8, as they do in tile_attention.h.
 inline int query_parts(const AttentionParams& p) {
   return p.type == Type::bf16 && !p.k_channels ? 1 : 3;
 }
 inline int weight_parts(const AttentionParams& p) {
-  return p.type == Type::bf16 ? 2 : 3;
+  if (p.type != Type::bf16) return 3;
+  return p.format == Format::native && 2 * team_rows(p) > kTileRows ? 1 : 2;
 }
 inline bool fits_team(const AttentionParams& p) {
-  return p.tokens * (p.q_heads / p.kv_heads) * max_of(query_parts(p), weight_parts(p)) <= kTileRows;
+  return team_rows(p) * max_of(query_parts(p), weight_parts(p)) <= kTileRows;
 }
 
 // Scales and zeros of a block's rows.
@@ -203,6 +204,7 @@ struct WordTeam : Team<Source, Visibility> {
 
   // ---- weights ----
 
+  // A single part is rounded; of several each is what the others left.
   template <int P>
   TILEWISE_INLINE void store_weights(int m, VF low, VF high) {
     VF x[2] = {low, high};
@@ -210,14 +212,17 @@ struct WordTeam : Team<Source, Visibility> {
     for (int i = 0; i < 2; i++)
 #pragma GCC unroll 3
       for (int part = 0; part < P; part++) {
+        if constexpr (P == 1) x[i] = (VF)_mm512_slli_epi32(_mm512_cvtepu16_epi32(rounded(x[i])), 16);
         Packed* even = weights + (i * 2 * w_rows + part * rows + m) * kWords;
         _mm512_store_si512(even, _mm512_srli_epi32((__m512i)x[i], 16));
         _mm512_store_si512(even + w_rows * kWords, (__m512i)high_part(x[i]));
         x[i] -= high_part(x[i]);
       }
   }
+  static TILEWISE_INLINE __m256i rounded(VF x) { return (__m256i)_mm512_cvtneps_pbh((__m512)x); }
   TILEWISE_INLINE void weigh_row(const TeamHead& head, const Scaling& scaling, int m, VF (&x)[2], uint32_t seen) {
     Base::weigh_row(head, scaling, m, x, seen);
+    if (parts == 1) return store_weights<1>(m, x[0], x[1]);
     parts == 2 ? store_weights<2>(m, x[0], x[1]) : store_weights<3>(m, x[0], x[1]);
   }
   void weigh(const KeyRows& block, const TeamHead& head, int turn) {
