@@ -140,6 +140,8 @@ def _case(item):
 def _wanted(item):
     params = item.callspec.params if hasattr(item, "callspec") else {}
     device = params.get("device") or params.get("home")
+    if device and not isinstance(device, Device):
+        return False  # the fixture has nothing to offer here
     only = item.get_closest_marker("devices")
     if "cpu" not in _KINDS and not device:
         return False
