@@ -301,7 +301,8 @@ struct ByteTeam : Team<Source, Visibility> {
     for (int i = 5; i < 8; i++) sizes.rows[i] = uint8_t((joined ? kWeightParts : 1) * kPlaces * R);
     return sizes;
   }
-  int lines(const Ahead& ahead) const { return ahead.share(int64_t(task.heads) * 4); }
+  static constexpr int kAsks = 8;  // of a step, for lines of the next block: fewer than 16 at a time
+  int lines(const Ahead& ahead) const { return ahead.share(int64_t(task.heads) * kAsks); }
   void begin(TeamItem first, TeamItem second) {
     for (int i = 0; i < 2; i++) find_keys(first, i);
     multiply_keys(heads[first.head].q, scores[0]);
@@ -311,6 +312,7 @@ struct ByteTeam : Team<Source, Visibility> {
   // prepares what comes after.
   TILEWISE_INLINE void step(TeamItem item, TeamItem next, TeamItem after, int turn, Ahead& ahead, int lines) {
     multiply_keys(heads[next.head].q, scores[turn ^ 1]);
+    ahead.go_on(lines);
     multiply_values();
 #pragma GCC unroll 2
     for (int i = 0; i < 2; i++) {
@@ -319,8 +321,11 @@ struct ByteTeam : Team<Source, Visibility> {
       ahead.go_on(lines);
       find_keys(after, i);
     }
+    ahead.go_on(lines);
     settle();
+    ahead.go_on(lines);
     weigh(item, turn);
+    ahead.go_on(lines);
   }
   void end() {
     multiply_values();
