@@ -178,7 +178,7 @@ def run(
     if json_path:
         Path(json_path).write_text(json.dumps(report, indent=1) + "\n")
     if markdown_path:
-        command = f"tilewise bench {' '.join(families)} --device {device} --threads {threads}"
+        command = f"tilewise bench {' '.join(families)} --device {device} --threads {threads} --pairs {pairs}"
         Path(markdown_path).write_text(markdown(report, command))
     if plot_path:
         plot(report, plot_path)
