@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import tilewise as tw
+from tilewise.bench import attention_parts
 from tilewise.bench.case import Case
 
 # name, dtype, (batch, heads, key/value heads, length, head dim), causal, the ratio promised on one CPU thread:
@@ -257,4 +258,4 @@ def _cuda_cases(device):
 
 def cases(device: torch.device) -> list[Case]:
     found = _cpu_cases(device) if device.type == "cpu" else _cuda_cases(device)
-    return [*found, _tiny(device)]
+    return [*found, *attention_parts.cases(device), _tiny(device)]
