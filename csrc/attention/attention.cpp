@@ -102,6 +102,10 @@ int splits_of(const Tensor& q, const Tensor& k) {
   return paged::cuda_splits(p);
 }
 
+int64_t workspace_of(const Tensor& q, int splits) {
+  return splits > 1 ? paged::workspace_floats(splits, q.numel() / q.shape[3], q.shape[3]) : 0;
+}
+
 bool nothing_to_do(const ForwardParams& p) {
   return p.batch == 0 || p.q_heads == 0 || p.seq_q == 0;
 }
@@ -146,7 +150,7 @@ void run_forward(const char* operation, const Tensor& q, const Tensor& k, const 
   if (splits == 1) return run_kernel(operation, kKernels, q.device, &Kernels::forward, p, stream);
   PagedParams pages = attention::as_pages(p);
   pages.splits = splits;
-  pages.workspace = paged::check_workspace(a.check, options.workspace, attention_workspace(q, k), q);
+  pages.workspace = paged::check_workspace(a.check, options.workspace, workspace_of(q, splits), q);
   run_kernel(operation, kKernels, q.device, &Kernels::paged, pages, stream);
 }
 
@@ -212,8 +216,7 @@ void attention_pack_mask(const Tensor& mask, int64_t keys, const Tensor& words, 
 }
 
 int64_t attention_workspace(const Tensor& q, const Tensor& k) {
-  const int splits = splits_of(q, k);
-  return splits > 1 ? paged::workspace_floats(splits, q.numel() / q.shape[3], q.shape[3]) : 0;
+  return workspace_of(q, splits_of(q, k));
 }
 
 void attention_forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& lse,
