@@ -36,7 +36,7 @@ if pretend:
 _CSRC = Path(__file__).parents[1] / "csrc"
 _FAMILIES_OF = {
     "amx": tuple(p.parts[-3] for p in _CSRC.glob("*/cpu/amx.cpp")),
-    "amx_fp16": ("speculative", "attention_paged"),
+    "amx_fp16": ("speculative", "attention"),
     "sm90": tuple(p.parts[-3] for p in _CSRC.glob("*/cuda/*_sm90.cu")),
 }
 _EMULATED = {"sm80": 800, "sm90": 901}

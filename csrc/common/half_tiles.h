@@ -1,5 +1,5 @@
-// float32 on AMX tiles of fp16, at the level `amx_fp16`: a number is two fp16 parts, and the four products of parts are
-// summed in float32.
+// fp16 and float32 on AMX tiles of fp16, at the level `amx_fp16`. fp16 is multiplied as it is. A float32 number is two
+// fp16 parts, and the four products of parts are summed in float32.
 //
 // Each part is rounded to nearest: 11 bits, and 12 of what is left with its sign. So two parts are off by 2^-23 at
 // most, as random as one rounding of float32. (Three products, without low times low, leave out up to 2^-22: sums of
@@ -13,8 +13,9 @@
 namespace tilewise {
 namespace {
 
-struct HalfProducts {
-  static constexpr int count = 4, left[] = {0, 1, 1, 0}, right[] = {0, 0, 1, 1};
+// The products of P parts, as in bf16.
+template <int P>
+struct HalfProducts : PartProducts<P> {
   // tdpfp16ps, which not every assembler knows.
   template <int C, int A, int B>
   static TILEWISE_INLINE void multiply() {
@@ -53,6 +54,10 @@ struct Largest {
 
 // ---- packing; 32 terms are in the order of memory, so they move as bf16 does ----
 
+TILEWISE_INLINE void split_halves(VF a, VF b, Halves (&parts)[1]) {
+  const __m256i low = _mm512_cvtps_ph((__m512)a, _MM_FROUND_TO_NEAREST_INT);
+  parts[0] = _mm512_inserti64x4(_mm512_castsi256_si512(low), _mm512_cvtps_ph((__m512)b, _MM_FROUND_TO_NEAREST_INT), 1);
+}
 TILEWISE_INLINE void split_halves(VF a, VF b, Halves (&parts)[2]) {
   const VF two[2] = {a, b};
   __m256i high[2], low[2];

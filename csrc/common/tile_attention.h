@@ -70,8 +70,9 @@ struct Count {
 // How operands become tiles. Numbers in bf16 parts have float32's range, and no scales.
 template <class T>
 struct Bf16Operands {
+  using Element = T;  // of what rows() gives, which is what is packed
   static constexpr int kParts = tilewise::kParts<T>, kColumnOrder = kParts;
-  static constexpr bool kScaled = false;
+  static constexpr bool kScaled = false, kPeakFirst = false;
   static constexpr float kHeadroom = 0;
   using Products = PartProducts<kParts>;
   using Layout = TileLayout<kParts>;
@@ -80,14 +81,18 @@ struct Bf16Operands {
   static void pack_queries(Packed* to, float*, const Layout& layout, const Row& row, int count, int padded, int dim) {
     pack_left<T>(to, layout, row, count, padded, dim);
   }
+  template <class Row>
+  static const Row& rows(const Row& row) {
+    return row;
+  }
   static TILEWISE_INLINE void split_weights(VF low, VF high, Halves (&parts)[kParts]) { split(low, high, parts); }
 };
 // float32 in fp16 parts. Weights keep away from fp16's lower end: the reference is below the score it was taken from.
 struct Fp16Operands {
   static constexpr int kParts = 2, kColumnOrder = 1;
-  static constexpr bool kScaled = true;
+  static constexpr bool kScaled = true, kPeakFirst = false;
   static constexpr float kHeadroom = 7;  // in powers of two
-  using Products = HalfProducts;
+  using Products = HalfProducts<2>;
   using Layout = HalfLayout;
 
   template <class Row>
@@ -96,6 +101,27 @@ struct Fp16Operands {
     pack_left_halves(to, units, layout, row, count, padded, dim);
   }
   static TILEWISE_INLINE void split_weights(VF low, VF high, Halves (&parts)[2]) { split_halves(low, high, parts); }
+};
+// fp16 as it is: 16 bits that move as those of bf16 do. Weights are rounded once; none that is summed exceeds
+// kMostWeight. Where a row's reference comes from its largest score, the weight of that has no rounding: what few keys
+// make is then as good as its own.
+struct NativeFp16Operands {
+  using Element = Bf16;
+  static constexpr int kParts = 1, kColumnOrder = 1;
+  static constexpr bool kScaled = false, kPeakFirst = true;
+  static constexpr float kHeadroom = Fp16Operands::kHeadroom;
+  using Products = HalfProducts<1>;
+  using Layout = TileLayout<1>;
+
+  template <class Row>
+  static auto rows(const Row& row) {
+    return [row](int64_t i) { return reinterpret_cast<const Element*>(row(i)); };
+  }
+  template <class Row>
+  static void pack_queries(Packed* to, float*, const Layout& layout, const Row& row, int count, int padded, int dim) {
+    pack_left<Element>(to, layout, rows(row), count, padded, dim);
+  }
+  static TILEWISE_INLINE void split_weights(VF low, VF high, Halves (&parts)[1]) { split_halves(low, high, parts); }
 };
 
 // A tile of up to 32 rows and its running result.
@@ -242,7 +268,7 @@ class TileAttention {
       key_unit_ = 1 / scale;
       pack_right_halves_transposed(block_, q_, rows, keys, padded(keys), dim_, set1(scale));
     } else {
-      pack_right_transposed<T>(block_, q_, k, keys, padded(keys), dim_);
+      pack_right_transposed<typename Operands::Element>(block_, q_, Operands::rows(k), keys, padded(keys), dim_);
     }
   }
   template <class VRow, class Plan>
@@ -252,7 +278,7 @@ class TileAttention {
       set_value_scale(tiles, count, plan, find_rows(rows, v, keys, v_dim_));
       pack_right_halves(block_, v_, rows, keys, padded(keys), v_dim_, set1(scale_of(tiles->value_scale)));
     } else {
-      pack_right<T>(block_, v_, v, keys, padded(keys), v_dim_);
+      pack_right<typename Operands::Element>(block_, v_, Operands::rows(v), keys, padded(keys), v_dim_);
     }
   }
   // The addresses of a block's rows, asked once, and the largest magnitude there.
@@ -330,7 +356,7 @@ class TileAttention {
     for (int i = 0; i < rows; i++, scores += keys_) {
       plan.meanwhile();
       for (due += steps; due >= rows; due -= rows) scoring.take(1);
-      if (!tile.started) set_reference(tile, i, scores, visible);
+      if (!tile.started) set_reference(tile, i, scores, end, visible);
       if (!weigh_row(tile, i, scores, weights, end, visible, kMostWeight)) {
         raise_reference(tile, i, scores, end, visible);
         weigh_row(tile, i, scores, weights, end, visible, kInfinity);
@@ -367,18 +393,27 @@ class TileAttention {
 
   // The score of the first key is a good reference for most rows, if the row sees it.
   template <class Visible>
-  TILEWISE_INLINE void set_reference(AttentionRows& tile, int i, const float* scores, const Visible& visible) const {
-    const float first = seen_score(visible, load(scores) * score_scale(tile, i), VF{}, i, 0)[0];
+  TILEWISE_INLINE void set_reference(AttentionRows& tile, int i, const float* scores, int end,
+                                     const Visible& visible) const {
+    const float first = Operands::kPeakFirst ? peak(tile, i, scores, end, visible)
+                                             : seen_score(visible, load(scores) * score_scale(tile, i), VF{}, i, 0)[0];
     tile.reference[i] = max_of(first - Operands::kHeadroom, kLowestReference);
+  }
+
+  // The largest score of row i.
+  template <class Visible>
+  TILEWISE_INLINE float peak(const AttentionRows& tile, int i, const float* scores, int end,
+                             const Visible& visible) const {
+    VF most = set1(kLowestReference);
+    for (int key = 0; key < end; key += W)
+      most = max(most, seen_score(visible, load(scores + key) * score_scale(tile, i), VF{}, i, key));
+    return reduce_max(most);
   }
 
   // Raises the reference of row i to its largest score of the block, and rescales what was summed before.
   template <class Visible>
   void raise_reference(AttentionRows& tile, int i, const float* scores, int end, const Visible& visible) const {
-    VF peak = set1(kLowestReference);
-    for (int key = 0; key < end; key += W)
-      peak = max(peak, seen_score(visible, load(scores + key) * score_scale(tile, i), VF{}, i, key));
-    const float after = max_of(reduce_max(peak) - Operands::kHeadroom, tile.reference[i]);
+    const float after = max_of(peak(tile, i, scores, end, visible) - Operands::kHeadroom, tile.reference[i]);
     const VF factor = exp2(set1(tile.reference[i]) - set1(after));
     tile.reference[i] = after;
     store(tile.sums + i * W, load(tile.sums + i * W) * factor);

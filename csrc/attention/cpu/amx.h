@@ -78,12 +78,12 @@ bool too_alike(const ForwardParams& p) {
   return kParts<T> == 3 && p.rules.softcap > 0;
 }
 
-template <class T>
+template <class T, class Operands>
 struct ForwardTilesTask {
   const ForwardParams& p;
   const Sequence& seq;
   const TaskRows& rows;
-  TileAttention<T> attention;
+  TileAttention<T, Operands> attention;
   OverlappedAttention overlapped;
   AttentionRows states[kTaskTiles];
 
@@ -176,14 +176,14 @@ struct ForwardTilesTask {
   }
 };
 
-template <class T>
+template <class T, class Operands>
 bool forward_tiles_task(const ForwardParams& p, const Runtime& rt, int64_t b, int64_t head, int64_t block) {
   const Sequence seq = sequence_of(p, b);
   const TaskRows rows(p, seq, head, block);
   if (rows.empty()) return true;
   if (kParts<T> == 3 && (seq.queries < kMinTileQueries || too_alike<T>(p)))
     return forward_task<T>(p, rt, b, head, block);
-  ForwardTilesTask<T> task(p, rows);
+  ForwardTilesTask<T, Operands> task(p, rows);
   char* memory = scratch<char>(rt, kTaskScratch, task.bytes());
   if (!memory) return false;
   task.load_tiles(memory);
@@ -196,10 +196,17 @@ bool forward_tiles_task(const ForwardParams& p, const Runtime& rt, int64_t b, in
   return true;
 }
 
+// f(an element, its operands).
+template <class F>
+const char* with_operands(Type type, const Runtime& rt, const F& f) {
+  if (type == Type::f16 && rt.fp16_tiles) return f(Fp16(), NativeFp16Operands());
+  return for_type(type, [&](auto element) { return f(element, Bf16Operands<decltype(element)>()); });
+}
+
 const char* forward_on_tiles(const ForwardParams& p, const Runtime& rt) {
-  return for_type(p.type, [&](auto type) {
+  return with_operands(p.type, rt, [&](auto element, auto operands) {
     return for_query_blocks(p, rt, [&](int64_t b, int64_t head, int64_t block) {
-      return forward_tiles_task<decltype(type)>(p, rt, b, head, block);
+      return forward_tiles_task<decltype(element), decltype(operands)>(p, rt, b, head, block);
     });
   });
 }

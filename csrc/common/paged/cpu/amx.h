@@ -181,6 +181,7 @@ const char* run_on_tiles(const typename Visibility::Params& p, const Runtime& rt
 template <class Visibility>
 const char* attend_float_pages_on_tiles(const typename Visibility::Params& p, const Runtime& rt) {
   if (p.type == Type::bf16 && fits_team(p)) return attend_few_on_tiles<FloatRows<Bf16>, Visibility>(p, rt);
+  if (p.type == Type::f16 && rt.fp16_tiles) return run_on_tiles<Fp16, NativeFp16Operands, Visibility>(p, rt);
   if (p.type == Type::f32 && rt.fp16_tiles) return run_on_tiles<float, Fp16Operands, Visibility>(p, rt);
   return with_type(p.type, [&](auto type) {
     using T = decltype(type);
