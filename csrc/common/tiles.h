@@ -1,7 +1,7 @@
 // Matrix products on AMX tiles, for every floating-point type: an operand is packed as one to three bf16 parts that add
 // up to it, and the products of parts that matter are summed in float32.
 //
-//  - bf16 is one part. fp16 is two, exact: 11 bits are 8 + 3.
+//  - bf16 is one part. fp16 is two, exact: 11 bits are 8 + 3. (Where tiles take fp16, it is one: half_tiles.h.)
 //  - float32 is three, exact: 24 bits are 8 + 8 + 8. Of nine products six are kept; the others are below 2^-24. At a
 //    tile rate of 15 times that of float32 FMAs this is still more than twice as fast as those.
 //
@@ -296,11 +296,14 @@ TILEWISE_INLINE void split_square(const VF (&v)[2][2], Halves (&rows)[2][P], Hal
     split(v[0][i], v[1][i], pairs[i]);
   }
 }
+TILEWISE_INLINE void pair_rows(const Halves (&rows)[2][1], Halves (&pairs)[2][1]) {
+  pairs[0][0] = _mm512_unpacklo_epi16(rows[0][0], rows[1][0]);
+  pairs[1][0] = _mm512_unpackhi_epi16(rows[0][0], rows[1][0]);
+}
 TILEWISE_INLINE void split_square(const VF (&v)[2][2], Halves (&rows)[2][1], Halves (&pairs)[2][1]) {
   split(v[0][0], v[0][1], rows[0]);
   split(v[1][0], v[1][1], rows[1]);
-  pairs[0][0] = _mm512_unpacklo_epi16(rows[0][0], rows[1][0]);
-  pairs[1][0] = _mm512_unpackhi_epi16(rows[0][0], rows[1][0]);
+  pair_rows(rows, pairs);
 }
 
 // ---- products ----

@@ -6,6 +6,7 @@
 // but queries, once for all keys, and the gradients, once.
 #pragma once
 #include "attention/cpu/amx.h"
+#include "attention/cpu/amx_gradients.h"
 #include "attention/cpu/backward.h"
 
 namespace tilewise {
@@ -29,10 +30,11 @@ struct Pieces {
   }
 };
 
-// One score's place in a unit, and what its weight and gradient come from: in base 2, apart from dp and delta.
+// One score's place in a unit, and what its weight and gradient come from: in base 2, apart from dp and delta. A weight
+// is at most 2^most, but for rounding.
 struct ScoreTerms {
   VF score, lse, lse_rest, dp, delta;
-  int row, key;
+  int row, key, most;
 };
 struct WeightAndGradient {
   VF p, ds;
@@ -46,7 +48,7 @@ TILEWISE_INLINE WeightAndGradient differentiate_score(const Ruled& to, const Sco
   VF score = at.score, slope = set1(1), dp = at.dp;
   if (to.rules.caps()) score = to.rules.cap(score, slope);
   // Above lse only by rounding, which is large where all scores of a row are.
-  const VF power = min(set1(1), to.adjusted(score, at.row, at.key) - at.lse - at.lse_rest);
+  const VF power = min(set1(1 + at.most), to.adjusted(score, at.row, at.key) - at.lse - at.lse_rest);
   const VF weight = fast_exp2(power);
   VF met = weight;
   if (to.rules.drops()) {
@@ -56,10 +58,14 @@ TILEWISE_INLINE WeightAndGradient differentiate_score(const Ruled& to, const Sco
   return {met, weight * (dp - at.delta) * slope};
 }
 
-template <class T>
+template <class T, class ForwardOperands>
 class TileGradients {
+  using Operands = GradientOperands<ForwardOperands>;
+  using Element = typename Operands::Element;
+  using Products = typename Operands::Products;
+
  public:
-  static constexpr int P = kParts<T>;
+  static constexpr int P = Operands::kParts;
 
   TileGradients(const BackwardParams& b, const KeyRun& run)
       : b_(b),
@@ -70,7 +76,9 @@ class TileGradients {
         v_dim_(static_cast<int>(round_up(p_.v_dim, kUnit))),
         chunk_keys_(static_cast<int>(min_of(chunk_keys(p_), round_up(run.keys, kBlockKeys)))),
         by_dim_{dim_ / kUnit},
-        by_v_dim_{v_dim_ / kUnit} {}
+        by_v_dim_{v_dim_ / kUnit} {
+    if (Operands::kRanged) scales_.fit_weights(HeadRules(p_, run.seq, 0).keep_scale());
+  }
 
   // Keys that are packed at a time. Each time the queries are packed anew, and dq is added to.
   static int64_t chunk_keys(const ForwardParams& p) {
@@ -119,8 +127,8 @@ class TileGradients {
       for (int64_t head = run_.kv_head * group; head < (run_.kv_head + 1) * group; head++)
         for (int64_t q = first_query; q < run_.seq.queries; q += kGroupQueries)
           add_queries(head, static_cast<int>(q), begin, keys);
-      store_keys(b_.dk, b_.dk_strides, dk_, begin, keys, p_.dim, set1(p_.scale));
-      store_keys(b_.dv, b_.dv_strides, dv_, begin, keys, p_.v_dim, set1(1));
+      store_keys(b_.dk, b_.dk_strides, dk_, begin, keys, p_.dim, set1(p_.scale * scales_.ds_unit()));
+      store_keys(b_.dv, b_.dv_strides, dv_, begin, keys, p_.v_dim, set1(scales_.weight_unit()));
       begin += keys;
     } while (begin < run_.keys);
     return !any(not_finite_ != not_finite_);
@@ -138,6 +146,8 @@ class TileGradients {
   int chunk_keys_;
   TileLayout<P> by_dim_, by_v_dim_;
   VF not_finite_ = {};  // NaN from the first infinity or NaN on
+  GradientScales scales_;
+  float v_square_ = 0;  // the largest square of a packed value, where scales depend on it
 
   Packed *k_, *v_;                   // right operands of S and dP
   Packed* k_rows_;                   // [block]: right operands of dQ
@@ -156,36 +166,56 @@ class TileGradients {
     const T* row = row_of<const T>(base, strides, run_.seq.batch, head, first);
     return [row, step = strides.row](int64_t i) { return row + i * step; };
   }
+  auto elements_of(const void* base, const Strides& strides, int64_t head, int64_t first) const {
+    return Operands::rows(rows_of(base, strides, head, first));
+  }
 
   void pack_keys(int begin, int keys) {
     const int64_t at = run_.seq.k_row + run_.first_key + begin;
     const int padded = static_cast<int>(round_up(keys, kUnit));
-    pack_right_transposed<T>(k_, by_dim_, rows_of(p_.k, p_.k_strides, run_.kv_head, at), keys, padded, p_.dim);
-    pack_right_transposed<T>(v_, by_v_dim_, rows_of(p_.v, p_.v_strides, run_.kv_head, at), keys, padded, p_.v_dim);
+    const auto k = elements_of(p_.k, p_.k_strides, run_.kv_head, at);
+    const auto v = elements_of(p_.v, p_.v_strides, run_.kv_head, at);
+    pack_right_transposed<Element>(k_, by_dim_, k, keys, padded, p_.dim);
+    pack_right_transposed<Element>(v_, by_v_dim_, v, keys, padded, p_.v_dim);
     for (int key = 0; key < keys; key += kBlockKeys)
-      pack_right<T>(k_rows_ + key / kBlockKeys * k_rows_size(), kByKey,
-                    rows_of(p_.k, p_.k_strides, run_.kv_head, at + key), min_of(keys - key, kBlockKeys),
-                    min_of(padded - key, kBlockKeys), p_.dim);
+      pack_right<Element>(k_rows_ + key / kBlockKeys * k_rows_size(), kByKey,
+                          elements_of(p_.k, p_.k_strides, run_.kv_head, at + key), min_of(keys - key, kBlockKeys),
+                          min_of(padded - key, kBlockKeys), p_.dim);
+    if (Operands::kRanged) v_square_ = largest_square(rows_of(p_.v, p_.v_strides, run_.kv_head, at), keys, p_.v_dim);
+  }
+
+  // Of a query's dO, a value V of its P V and delta, dS / P is at most |dO| |V| + |delta|.
+  void fit_scales(int64_t head, int begin, int count, int keys) {
+    const int64_t at = run_.seq.q_row + begin;
+    const float square = largest_square(rows_of(b_.dout, b_.dout_strides, head, at), count, p_.v_dim);
+    const float* delta = row_of<const float>(b_.delta, statistics_strides(p_), run_.seq.batch, head, at);
+    float most = 0;
+    for (int i = 0; i < count; i++) most = max_of(most, __builtin_fabsf(delta[i]));
+    most += __builtin_sqrtf(square) * __builtin_sqrtf(v_square_) * HeadRules(p_, run_.seq, head).keep_scale();
+    const float change = scales_.fit_gradients(most);
+    if (change == 1) return;
+    for (int64_t i = 0; i < round_up(keys, kUnit) * dim_; i += W) store(dk_ + i, load(dk_ + i) * change);
   }
 
   // Tile t of the group: `count` queries from `row` on.
   void pack_queries(int t, int64_t head, int row, int count) {
     const int64_t at = run_.seq.q_row + row;
-    const auto q = rows_of(p_.q, p_.q_strides, head, at), dout = rows_of(b_.dout, b_.dout_strides, head, at);
-    pack_left<T>(q_ + by_dim_.at(2 * t, 0, 0), by_dim_, q, count, kUnit, p_.dim);
-    pack_left<T>(dout_ + by_v_dim_.at(2 * t, 0, 0), by_v_dim_, dout, count, kUnit, p_.v_dim);
-    pack_left_transposed<T>(q_turned_, kByQuery, t, q, count, p_.dim);
-    pack_left_transposed<T>(dout_turned_, kByQuery, t, dout, count, p_.v_dim);
+    const auto q = elements_of(p_.q, p_.q_strides, head, at);
+    const auto dout = elements_of(b_.dout, b_.dout_strides, head, at);
+    pack_left<Element>(q_ + by_dim_.at(2 * t, 0, 0), by_dim_, q, count, kUnit, p_.dim);
+    pack_left<Element>(dout_ + by_v_dim_.at(2 * t, 0, 0), by_v_dim_, dout, count, kUnit, p_.v_dim);
+    pack_left_transposed<Element>(q_turned_, kByQuery, t, q, count, p_.dim);
+    pack_left_transposed<Element>(dout_turned_, kByQuery, t, dout, count, p_.v_dim);
     const Strides statistics = statistics_strides(p_);
     const float* lse = row_of<const float>(p_.lse, statistics, run_.seq.batch, head, at);
     const float* delta = row_of<const float>(b_.delta, statistics, run_.seq.batch, head, at);
     for (int i = 0, to = t * kUnit; i < kUnit; i++, to++) {
       // An infinite lse makes every probability zero: padding, and queries that see no key.
       const bool seen = i < count && lse[i] != -kInfinity;
-      const double exact = seen ? double(lse[i]) * kLog2e : 0;
+      const double exact = seen ? double(lse[i]) * kLog2e - scales_.weight_power : 0;
       lse_[to] = seen ? static_cast<float>(exact) : kInfinity;
       lse_rest_[to] = seen ? static_cast<float>(exact - lse_[to]) : 0;
-      delta_[to] = i < count ? delta[i] : 0;
+      delta_[to] = i < count ? delta[i] * scales_.ds : 0;
     }
   }
 
@@ -193,6 +223,7 @@ class TileGradients {
   void add_queries(int64_t head, int begin, int first_key, int keys) {
     const int count = min_of(kGroupQueries, run_.seq.queries - begin);
     const int tiles = static_cast<int>(ceil_div(count, kUnit));
+    if (Operands::kRanged) fit_scales(head, begin, count, keys);
     for (int t = 0; t < tiles; t++) pack_queries(t, head, begin + t * kUnit, min_of(kUnit, count - t * kUnit));
     fill(dq_, int64_t(tiles) * kUnit * dim_, 0);
     if (ruled_)
@@ -296,17 +327,17 @@ class TileGradients {
 
   // S and dP of tile t of the group and the unit of keys that starts at `key` of the chunk.
   void multiply_unit(int t, int key) const {
-    multiply_packed<P, 2, 2>(run_of(q_, by_dim_, 2 * t), run_of(k_, by_dim_, key / kTileRows), by_dim_.steps, scores_,
-                             kUnit, false);
-    multiply_packed<P, 2, 2>(run_of(dout_, by_v_dim_, 2 * t), run_of(v_, by_v_dim_, key / kTileRows), by_v_dim_.steps,
-                             dp_, kUnit, false);
+    multiply_packed<P, 2, 2, Products>(run_of(q_, by_dim_, 2 * t), run_of(k_, by_dim_, key / kTileRows), by_dim_.steps,
+                                       scores_, kUnit, false);
+    multiply_packed<P, 2, 2, Products>(run_of(dout_, by_v_dim_, 2 * t), run_of(v_, by_v_dim_, key / kTileRows),
+                                       by_v_dim_.steps, dp_, kUnit, false);
   }
 
   void add_dq(int t, const Extent& units, int key) const {
     if (units.begin == units.end) return;
     const Packed* k = k_rows_ + key / kBlockKeys * k_rows_size() + units.begin * kTileSize;
-    multiply_columns<P, 2>(run_of(ds_left_ + units.begin * kTileSize, kByKey, 0), k, kByKey, dim_ / kTileRows,
-                           units.end - units.begin, dq_ + t * kUnit * dim_, dim_, true);
+    multiply_columns<P, 2, Products>(run_of(ds_left_ + units.begin * kTileSize, kByKey, 0), k, kByKey, dim_ / kTileRows,
+                                     units.end - units.begin, dq_ + t * kUnit * dim_, dim_, true);
   }
 
   // What an unseen unit leaves between seen ones.
@@ -321,23 +352,25 @@ class TileGradients {
 
   template <class Visible>
   void differentiate(int t, int u, const Visible& visible) const {
-    const VF scale = set1(static_cast<float>(p_.scale * kLog2e));
+    const VF scale = set1(static_cast<float>(p_.scale * kLog2e)), ds_scale = set1(scales_.ds);
     for (int i = 0; i < kTileRows; i++) {
       VF p[2][2], ds[2][2];
 #pragma GCC unroll 4
       for (int at = 0; at < 4; at++) {
         const int row = i + at / 2 * kTileRows, column = at % 2 * W, query = t * kUnit + row;
+        VF dp = load(dp_ + row * kUnit + column);
+        if (Operands::kRanged) dp *= ds_scale;
         const WeightAndGradient found =
             differentiate_score(visible, {load(scores_ + row * kUnit + column) * scale, set1(lse_[query]),
-                                          P == 3 ? set1(lse_rest_[query]) : VF{}, load(dp_ + row * kUnit + column),
-                                          set1(delta_[query]), row, column});
+                                          P == 3 ? set1(lse_rest_[query]) : VF{}, dp, set1(delta_[query]), row, column,
+                                          scales_.weight_power});
         p[at / 2][at % 2] = found.p;
         ds[at / 2][at % 2] = found.ds;
       }
       Halves rows[2][P], pairs[2][P];
-      split_square(p, rows, pairs);
+      Operands::split_square(p, rows, pairs);
       store_pairs(p_right_, t, u, i, pairs);
-      split_square(ds, rows, pairs);
+      Operands::split_square(ds, rows, pairs);
       store_pairs(ds_right_, t, u, i, pairs);
       store_rows(u, i, rows);
     }
@@ -358,8 +391,8 @@ class TileGradients {
     const Packed *from = left + tiles.begin * kTileSize, *weights = right + tiles.begin * kTileSize;
     if (tiles.begin < tiles.end)
       for (int d = 0; d < dim; d += kUnit)
-        multiply_packed<P, 2, 2>(run_of(from, kByQuery, d / kTileRows), run_of(weights, kByQuery, 2 * u),
-                                 tiles.end - tiles.begin, c + d * kUnit, kUnit, true);
+        multiply_packed<P, 2, 2, Products>(run_of(from, kByQuery, d / kTileRows), run_of(weights, kByQuery, 2 * u),
+                                           tiles.end - tiles.begin, c + d * kUnit, kUnit, true);
   }
 
   // The columns [d, d + 32) of a row, n of which exist.
@@ -382,7 +415,7 @@ class TileGradients {
       T* dq = row_of<T>(b_.dq, b_.dq_strides, run_.seq.batch, head, run_.seq.q_row + begin + i);
       for (int d = 0; d < p_.dim; d += kUnit) {
         const float* from = dq_ + i * dim_ + d;
-        const VF low = load(from), high = load(from + W), scale = set1(p_.scale);
+        const VF low = load(from), high = load(from + W), scale = set1(p_.scale * scales_.ds_unit());
         if (run_.partial)
           store_unit(run_.partial_row(p_, head, begin + i) + d, low, high, scale, p_.dim - d, add);
         else
@@ -410,13 +443,14 @@ class TileGradients {
   }
 };
 
-template <class T>
+template <class T, class Operands>
 const char* backward_tiles(const BackwardParams& b, const Runtime& rt) {
+  using Gradients = TileGradients<T, Operands>;
   const Split split = split_keys(b.forward, kBlockKeys);
-  const bool chunks = split.keys > TileGradients<T>::chunk_keys(b.forward);
+  const bool chunks = split.keys > Gradients::chunk_keys(b.forward);
   const char* failure = run_backward<T>(b, rt, split, chunks, [&](const KeyRun& run) {
     if (run.seq.queries < kMinTileQueries || too_alike<T>(b.forward)) return backward_task<T>(b, rt, run);
-    TileGradients<T> gradients(b, run);
+    Gradients gradients(b, run);
     char* memory = scratch<char>(rt, kTaskScratch, gradients.bytes());
     if (!memory) return false;
     gradients.use(memory);
@@ -426,7 +460,9 @@ const char* backward_tiles(const BackwardParams& b, const Runtime& rt) {
 }
 
 const char* backward_on_tiles(const BackwardParams& b, const Runtime& rt) {
-  return for_type(b.forward.type, [&](auto type) { return backward_tiles<decltype(type)>(b, rt); });
+  return with_operands(b.forward.type, rt, [&](auto element, auto operands) {
+    return backward_tiles<decltype(element), decltype(operands)>(b, rt);
+  });
 }
 
 }  // namespace
