@@ -113,19 +113,19 @@ def test_against_reference(device, shape, name, dtype):
 
 @pytest.mark.modes
 @pytest.mark.parametrize("name", ["lambda", "blocks-16", "everything"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 def test_small(device, name, dtype):
     check(Shape(1, 2, 1, 25, 37, 64, 64), name, dtype, device)
 
 
 @pytest.mark.parametrize("name", ["lambda", "everything"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("dim,v_dim", [(40, 24), (7, 3), (96, 128), (256, 200)])
 def test_head_dims(device, dim, v_dim, name, dtype):
     check(Shape(1, 2, 1, 36, 40, dim, v_dim), name, dtype, device)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 def test_packed_equals_dense(device, dtype):
     """Two sequences of equal length, packed and not: options count sequences, rows and keys alike."""
     shape = Shape(2, 2, 1, 24, 40, 64, 64)

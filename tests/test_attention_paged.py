@@ -88,7 +88,7 @@ def test_other_head_dims(device, dtype, dim):
 
 
 @pytest.mark.parametrize("options", [{}, {"window": (100, None)}, {"causal": False, "window": (40, 60)}])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 def test_prompt(device, dtype, options):
     """A whole prompt, longer than a task's rows, behind nothing; and a chunk of one, behind a part."""
     tokens = 50 if device.small else 300

@@ -80,7 +80,7 @@ def test_heads(device, heads, kv_heads):
     check(device, *case([3, 1, 30], [9, 20, 31], heads, kv_heads, 40, 7, torch.float32))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 def test_chunks_of_long_prompts(device, dtype):
     """More queries than a chunk has, in front of, between and behind single ones."""
     queries, keys = ([1, 130, 1, 70], [50, 130, 9, 90]) if device.kind != "emulated" else ([1, 70], [9, 80])

@@ -95,7 +95,7 @@ def test_other_head_dims(device, dtype, dim):
     check(device, *case(2, 5, 2, 1, dim, 4, dtype, 20))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_long_prefix(device, dtype):
     """Long enough to be split between processors and merged again."""
     if device.small:
