@@ -24,6 +24,8 @@ _CPU = [
     ("bf16 causal 1K d64", torch.bfloat16, (1, 8, 8, 1024, 64), True, 2.0, 1.8),
     ("bf16 dense 1K d64", torch.bfloat16, (1, 8, 8, 1024, 64), False, 1.75, None),
     ("fp16 causal 1K d64", torch.float16, (1, 8, 8, 1024, 64), True, None, None),
+    ("fp16 causal 2K d128", torch.float16, (1, 4, 4, 2048, 128), True, None, None),
+    ("fp16 dense 1K d128", torch.float16, (1, 4, 4, 1024, 128), False, None, None),
 ]
 _CUDA = [
     (f"{name} {'causal' if causal else 'dense'} {length // 1024}K d{dim}", dtype, (batch, 16, 16, length, dim), causal)
