@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <climits>
 #include <cmath>
+#include <optional>
 #include <utility>
 
 #include "attention/params.h"
@@ -102,6 +103,16 @@ struct Arguments {
   }
 };
 
+// What scores are multiplied by, 1 / sqrt(dim) unless it is given.
+inline float checked_scale(const Check& check, const std::optional<double>& given, int64_t dim) {
+  return check.number(given.value_or(1 / std::sqrt(static_cast<double>(dim))), "scale");
+}
+
+inline float checked_softcap(const Check& check, double given) {
+  check.that(given >= 0, "softcap", "is %g, expected at least 0", given);
+  return check.number(given, "softcap");
+}
+
 // Strides of a tensor that may have 1 in place of any of the sizes [B, Hq, S, Sk]: 0 there.
 struct Broadcast {
   int64_t strides[4];
@@ -142,8 +153,7 @@ struct RuleArguments {
     r.window_right = window(o.window_right, "window (right)");
     a.check.that(o.global_tokens >= 0, "global_tokens", "is %ld, expected at least 0", o.global_tokens);
     r.global_tokens = static_cast<int>(std::min<int64_t>(o.global_tokens, INT_MAX / 4));
-    a.check.that(o.softcap >= 0 && std::isfinite(o.softcap), "softcap", "is %g, expected a number from 0", o.softcap);
-    r.softcap = static_cast<float>(o.softcap);
+    r.softcap = checked_softcap(a.check, o.softcap);
     a.check.that(o.dropout_p >= 0 && o.dropout_p < 1, "dropout_p", "is %g, expected at least 0 and below 1",
                  o.dropout_p);
     r.dropout_threshold = static_cast<int>(std::lround(65536 * o.dropout_p));

@@ -1,6 +1,5 @@
 // Dense and packed attention: checked arguments to the kernels' parameters, and the choice of the kernels.
 #include <algorithm>
-#include <cmath>
 #include <utility>
 
 #include "attention/arguments.h"
@@ -22,8 +21,8 @@ using attention::type_of;
 using attention::View;
 using attention::view_of;
 
-ForwardParams forward_params(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& lse,
-                             const AttentionOptions& options) {
+ForwardParams forward_params(const Check& check, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
+                             const Tensor& lse, const AttentionOptions& options) {
   const View a = view_of(q), b = view_of(k), c = view_of(v), o = view_of(out);
   ForwardParams p = {};
   p.q = q.data, p.k = k.data, p.v = v.data, p.out = out.data;
@@ -33,7 +32,7 @@ ForwardParams forward_params(const Tensor& q, const Tensor& k, const Tensor& v, 
   p.seq_q = static_cast<int>(a.rows), p.seq_k = static_cast<int>(b.rows);
   p.total_q = a.rows, p.total_k = b.rows;
   p.dim = static_cast<int>(a.dim), p.v_dim = static_cast<int>(c.dim);
-  p.scale = static_cast<float>(options.scale.value_or(1 / std::sqrt(static_cast<double>(a.dim))));
+  p.scale = attention::checked_scale(check, options.scale, a.dim);
   p.causal = options.causal;
   p.type = type_of(q.dtype);
   return p;
@@ -142,7 +141,7 @@ void run_forward(const char* operation, const Tensor& q, const Tensor& k, const 
   a.statistic(lse, "lse");
   a.output(out, "out", {&q, &k, &v, &lse});
   a.output(lse, "lse", {&q, &k, &v});
-  ForwardParams p = forward_params(q, k, v, out, lse, options);
+  ForwardParams p = forward_params(a.check, q, k, v, out, lse, options);
   if (sequences) pack(a, *sequences, p);
   p.rules = rules_of(a, options, p, sequences);
   if (nothing_to_do(p)) return;
@@ -179,7 +178,7 @@ void run_backward(const char* operation, const Tensor& dout, const Tensor* dlse,
   }
   a.output(delta, "delta", {&q, &k, &v, &out, &dout, &lse, dlse});
   BackwardParams p = {};
-  p.forward = forward_params(q, k, v, out, lse, options);
+  p.forward = forward_params(a.check, q, k, v, out, lse, options);
   if (sequences) pack(a, *sequences, p.forward);
   p.forward.rules = rules_of(a, options, p.forward, sequences);
   option_gradients(a, options, wanted, p);

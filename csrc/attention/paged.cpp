@@ -1,7 +1,7 @@
 // Attention over paged caches: checked arguments to the kernels' parameters, and the choice of the kernels.
 #include <algorithm>
-#include <cmath>
 
+#include "attention/arguments.h"
 #include "attention/cache.h"
 #include "common/check.h"
 #include "common/dispatch.h"
@@ -27,12 +27,8 @@ void set_options(const Check& check, const PagedAttentionOptions& options, Paged
   p.window_left = window_side(check, "window's left", options.window_left);
   p.window_right = window_side(check, "window's right", options.window_right);
   if (options.causal) p.window_right = 0;
-  const double scale = options.scale.value_or(1 / std::sqrt(double(p.dim)));
-  check.that(std::isfinite(scale), "scale", "is %g, expected a finite number", scale);
-  check.that(std::isfinite(options.softcap) && options.softcap >= 0, "softcap", "is %g, expected at least 0",
-             options.softcap);
-  p.scale = float(scale);
-  p.softcap = float(options.softcap);
+  p.scale = attention::checked_scale(check, options.scale, p.dim);
+  p.softcap = attention::checked_softcap(check, options.softcap);
   if (options.num_splits)
     check.that(*options.num_splits >= 1, "num_splits", "is %ld, expected at least 1", *options.num_splits);
 }

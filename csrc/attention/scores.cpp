@@ -41,7 +41,7 @@ ScoresParams scores_params(const Check& check, const Tensor& q, const Tensor& k,
   p.batch = static_cast<int>(queries.batch), p.q_heads = static_cast<int>(queries.heads);
   p.kv_heads = static_cast<int>(keys.heads), p.rows = static_cast<int>(queries.rows);
   p.keys = static_cast<int>(keys.rows), p.dim = static_cast<int>(queries.dim);
-  p.scale = static_cast<float>(options.scale.value_or(1 / std::sqrt(static_cast<double>(queries.dim))));
+  p.scale = attention::checked_scale(check, options.scale, queries.dim);
   p.type = type_of(q.dtype);
   return p;
 }

@@ -1,5 +1,6 @@
 #include "common/check.h"
 
+#include <cmath>
 #include <cstdio>
 #include <string>
 
@@ -127,6 +128,12 @@ void Check::no_overlap(const Tensor& out, const char* name, const Tensor& in, co
   if (a.end <= b.begin || b.end <= a.begin) return;
   raise(ErrorKind::value, operation_, name,
         "overlaps " + std::string(in_name) + " in memory, expected separate memory");
+}
+
+float Check::number(double value, const char* name) const {
+  const auto number = static_cast<float>(value);
+  that(std::isfinite(number), name, "is %g, expected a finite number in float32", value);
+  return number;
 }
 
 void Check::that(bool ok, const char* argument, const char* format, ...) const {

@@ -28,6 +28,9 @@ class Check {
   void no_overlap(const Tensor& out, const char* name, const Tensor& in, const char* in_name,
                   bool equal_ok = false) const;
 
+  // A number as kernels take it, which must be finite.
+  float number(double value, const char* name) const;
+
   // Throws unless `ok`; format gives "got, expected": check.that(d % 8 == 0, "q", "has head dim %ld, expected ...", d).
   [[gnu::format(printf, 4, 5)]] void that(bool ok, const char* argument, const char* format, ...) const;
   [[noreturn, gnu::format(printf, 4, 5)]] void fail(ErrorKind kind, const char* argument, const char* format,

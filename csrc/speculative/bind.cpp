@@ -47,7 +47,7 @@ void bind_speculative(py::module_& m) {
                              double scale, const PyTensor& out, const PyTensor& lse, const OptionalTensor& workspace) {
     void* stream = q.stream();
     const Release release;
-    tree_attention(q, {k_pages, v_pages, block_table}, prefix_len, ancestor_bits, static_cast<float>(scale), out, lse,
+    tree_attention(q, {k_pages, v_pages, block_table}, prefix_len, ancestor_bits, scale, out, lse,
                    pointer_to(workspace), stream);
   });
   m.def("append_kv", [](const PyTensor& k_pages, const PyTensor& v_pages, const PyTensor& block_table,

@@ -240,7 +240,7 @@ int64_t tree_attention_workspace(const Tensor& q, const Tensor& k_pages, const T
 }
 
 void tree_attention(const Tensor& q, const Cache& cache, const Tensor& prefix_len, const Tensor& ancestor_bits,
-                    float scale, const Tensor& out, const Tensor& lse, const Tensor* workspace, void* stream) {
+                    double scale, const Tensor& out, const Tensor& lse, const Tensor* workspace, void* stream) {
   const Check check("tree_attention");
   const Tensor &k_pages = cache.k_pages, &v_pages = cache.v_pages;
   check_cache(check, k_pages, v_pages);
@@ -258,7 +258,7 @@ void tree_attention(const Tensor& q, const Cache& cache, const Tensor& prefix_le
   check.shape(lse, "lse", {batch, nodes, heads});
   check.same_device(lse, "lse", q, "q");
   check.contiguous(lse, "lse");
-  check.that(scale == scale && scale - scale == 0, "scale", "is %g, expected a finite number", double(scale));
+  p.scale = check.number(scale, "scale");
   if (q.numel() == 0) return;
   const bool host = host_checks_indices(q.device);
   if (host)
@@ -275,7 +275,6 @@ void tree_attention(const Tensor& q, const Cache& cache, const Tensor& prefix_le
   p.k_strides = page_strides(k_pages), p.v_strides = page_strides(v_pages);
   p.batch = int(batch), p.tokens = int(nodes), p.q_heads = int(heads), p.dim = int(dim);
   p.kv_heads = int(k_pages.shape[2]);
-  p.scale = scale;
   p.type = type_of(q);
   p.prefix_len = prefix_len.ptr<int32_t>();
   p.ancestor_bits = ancestor_bits.ptr<uint64_t>();

@@ -52,7 +52,8 @@ int64_t tree_attention_workspace(const Tensor& q, const Tensor& k_pages, const T
 // out = softmax(scale q K^T) V, where node i sees the prefix and the nodes named by its ancestor bits. q, out
 // [B, N, Hq, D]; lse f32[B, N, Hq], natural logarithm; prefix_len i32[B]. A node without bits gives 0 and -inf.
 void tree_attention(const Tensor& q, const Cache& cache, const Tensor& prefix_len, const Tensor& ancestor_bits,
-                    float scale, const Tensor& out, const Tensor& lse, const Tensor* workspace, void* stream = nullptr);
+                    double scale, const Tensor& out, const Tensor& lse, const Tensor* workspace,
+                    void* stream = nullptr);
 
 // Writes k, v [B, N, Hkv, D] to positions start[b] + i of the pages, for i < n_nodes[b] (null: all).
 void append_kv(const Cache& cache, const Tensor& start, const Tensor& k, const Tensor& v, const Tensor* n_nodes,

@@ -9,6 +9,7 @@ diagonal of query i is key ``i + Sk - S``. With ``causal``, blocks that the diag
 query sees at least its own key, and blocks beyond it never are.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -99,12 +100,15 @@ def seer_gate(q, k, wq, wk, *, block_size, threshold=None, top_k=None, causal=Tr
         A BlockMask of (B, Hq, ceil(S / bq), ceil(Sk / bk)).
 
     Raises:
-        ValueError, TypeError: as :func:`seer_scores`; both or neither of threshold and top_k.
+        ValueError, TypeError: as :func:`seer_scores`; both or neither of threshold and top_k, or one that is out of
+            range.
     """
     if (threshold is None) == (top_k is None):
         raise ValueError(f"seer_gate: threshold is {threshold} and top_k is {top_k}, expected exactly one of them")
     if top_k is not None:
         _expect("seer_gate", "top_k", top_k, top_k >= 1, "at least 1")
+    else:
+        _expect("seer_gate", "threshold", threshold, not math.isnan(threshold), "a number")
     with torch.no_grad():
         scores = seer_scores(q, k, wq, wk, block_size=block_size, causal=causal, rope=rope)
     grid = _Grid(q.shape[2], k.shape[2], *_sizes("seer_gate", block_size), q.device)
@@ -137,7 +141,8 @@ def vertical_slash(q, k, *, vertical, slash, last=64, block_size=64, causal=True
         A BlockMask of (B, Hq, ceil(S / bq), ceil(Sk / bk)).
 
     Raises:
-        ValueError: shapes that do not fit, a negative number, or a block size that is not served.
+        ValueError: shapes that do not fit, a negative number, a scale that is not finite, or a block size that is not
+            served.
         TypeError: arguments that are not tensors.
     """
     group = _check("vertical_slash", q, k)
@@ -146,7 +151,7 @@ def vertical_slash(q, k, *, vertical, slash, last=64, block_size=64, causal=True
     queries, keys = q.shape[2], k.shape[2]
     grid = _Grid(queries, keys, *_sizes("vertical_slash", block_size), q.device)
     last = min(last, queries)
-    scale = q.shape[3] ** -0.5 if scale is None else scale
+    scale = _scale("vertical_slash", scale, q)
     logits = _grouped_scores(q[:, :, queries - last :], k, group).float() * scale
     seen = torch.ones(last, keys, dtype=torch.bool, device=q.device)
     weights = _softmax(logits, seen.tril(keys - last) if causal else seen)
@@ -208,7 +213,8 @@ def segment_criticality(
         A BlockMask of (B, Hq, ceil(S / bq), ceil(Sk / bk)), or (mask, scores).
 
     Raises:
-        ValueError: shapes that do not fit, a segment that is not a multiple of bq, or a block size that is not served.
+        ValueError: shapes that do not fit, a segment that is not a multiple of bq, a budget below bk, a scale that is
+            not finite, or a block size that is not served.
         TypeError: arguments that are not tensors.
     """
     operation = "segment_criticality"
@@ -218,7 +224,7 @@ def segment_criticality(
     _expect(operation, "segment", segment, segment > 0 and segment % block_q == 0, f"a multiple of {block_q} (bq)")
     _expect(operation, "budget", budget, budget >= block_k, f"at least {block_k} (bk)")
     segments = _Grid(q.shape[2], k.shape[2], segment, block_k, q.device)
-    scores = _criticality(q, k, segment, block_k, group) * (q.shape[3] ** -0.5 if scale is None else scale)
+    scores = _criticality(q, k, segment, block_k, group) * _scale(operation, scale, q)
     own = segments.diagonal(causal)
     before = segments.visible(causal) & ~own
     scores = _softmax(scores, before)
@@ -297,6 +303,12 @@ def _sizes(operation, block_size):
     served = len(sizes) == 2 and all(16 <= n <= 128 and n % 16 == 0 for n in sizes)
     _expect(operation, "block_size", block_size, served, "multiples of 16 from 16 to 128")
     return sizes
+
+
+def _scale(operation, scale, q):
+    scale = max(1, q.shape[3]) ** -0.5 if scale is None else scale
+    _expect(operation, "scale", scale, math.isfinite(scale), "a finite number")
+    return scale
 
 
 def _check(operation, q, k):

@@ -1,5 +1,7 @@
 """Rotary position embedding (Su et al., RoFormer, arXiv:2104.09864), and moving keys that are already rotated."""
 
+import math
+
 import torch
 
 from tilewise import _C
@@ -38,8 +40,13 @@ def table(positions, dim, *, theta=10000.0):
     Args:
         positions: integers or numbers, (S,) or (B, S).
         dim: channels that turn; even.
-        theta: base of the wavelengths.
+        theta: base of the wavelengths, above 0.
+
+    Raises:
+        ValueError: an odd or negative dim, or another theta.
     """
+    if not 0 < theta < math.inf:
+        raise ValueError(f"rope.table: theta is {theta}, expected a finite number above 0")
     if dim < 0 or dim % 2:
         raise ValueError(f"rope.table: dim is {dim}, expected an even number from 0")
     exponents = torch.arange(0, dim, 2, dtype=torch.float64, device=positions.device) / max(dim, 1)
@@ -60,7 +67,7 @@ def apply(x, positions, *, theta=10000.0, dim=None, interleaved=False):
         interleaved: pairs are channels (2 i, 2 i + 1) instead of (i, i + dim / 2).
 
     Raises:
-        ValueError: shapes that do not fit, an odd dim.
+        ValueError: shapes that do not fit, an odd dim, a theta that is not above 0.
         TypeError: another dtype.
     """
     check_tensors("rope.apply", x=x)

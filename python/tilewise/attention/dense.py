@@ -105,7 +105,7 @@ def attention(
 
     Raises:
         ValueError: shapes that do not fit together, a last dimension that is not contiguous, a negative window or
-            softcap, a dropout_p outside [0, 1).
+            softcap, a scale or softcap that is not finite in float32, a dropout_p outside [0, 1).
         TypeError: another dtype, or dtypes that differ.
         NotImplementedError: head dims over 256.
     """

@@ -72,9 +72,9 @@ def paged_attention(
         out (B, Hq, S, D), or (out, lse). A query that sees no key gets 0 and -inf.
 
     Raises:
-        ValueError: wrong shape; a negative window or softcap, num_splits below 1; on CPU, negative seq_lens, seq_lens
-            beyond the block table, or pages beyond the pool. On CUDA such keys are skipped, or read as zeros, and the
-            next tilewise call on the device raises.
+        ValueError: wrong shape; a negative window or softcap, a scale or softcap that is not finite, num_splits below
+            1; on CPU, negative seq_lens, seq_lens beyond the block table, or pages beyond the pool. On CUDA such keys
+            are skipped, or read as zeros, and the next tilewise call on the device raises.
         TypeError: wrong dtype.
     """
     return attend_pages(

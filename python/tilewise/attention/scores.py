@@ -74,8 +74,9 @@ def attention_column_sums(q, k, lse, *, rows=None, causal=False, normalize=True,
         (B, Hq, Sk) float32.
 
     Raises:
-        ValueError: shapes that do not fit together. IndexError: rows outside q.
+        ValueError: shapes that do not fit together, a scale that is not finite.
         TypeError: another dtype.
+        IndexError: rows outside q.
     """
     check_tensors("attention_column_sums", q=q, k=k, lse=lse, rows=rows)
     last_key = _diagonals(q, k, rows) if causal and q.ndim == 4 and k.ndim == 4 else None
@@ -104,7 +105,8 @@ def attention_block_max(q, k, lse, block_size, *, causal=False, scale=None):
         (B, Hq, ceil(S / bq), ceil(Sk / bk)) float32.
 
     Raises:
-        ValueError: shapes that do not fit together, another block size. TypeError: another dtype.
+        ValueError: shapes that do not fit together, another block size, a scale that is not finite.
+        TypeError: another dtype.
     """
     check_tensors("attention_block_max", q=q, k=k, lse=lse)
     block_q, block_k = (block_size, block_size) if isinstance(block_size, int) else block_size

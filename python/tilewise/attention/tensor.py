@@ -43,6 +43,7 @@ def _weights(lse, total):
 
 def _forward(q, k1, k2, v1, v2, scale):
     out, lse = _empty(q, k1, k2, v1, v2, scale)
+    attention_op(q[:, :, :0], k2, v2, *_options(q, scale))  # the core's own checks, of no rows too
     if not k1.shape[2]:
         return out.zero_(), lse.fill_(-math.inf)
     for chunk in _chunks(q, k1):
@@ -84,13 +85,13 @@ def _backward(dout, dlse, q, k1, k2, v1, v2, out, lse, scale):
 
 
 _tensor_attention_op = register(
-    "tensor_attention(Tensor q, Tensor k1, Tensor k2, Tensor v1, Tensor v2, float scale) -> (Tensor, Tensor)",
+    "tensor_attention(Tensor q, Tensor k1, Tensor k2, Tensor v1, Tensor v2, float? scale) -> (Tensor, Tensor)",
     _forward,
     fake=_empty,
 )
 _tensor_attention_backward_op = register(
     "tensor_attention_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k1, Tensor k2, Tensor v1, Tensor v2, "
-    "Tensor out, Tensor lse, float scale) -> Tensor[]",
+    "Tensor out, Tensor lse, float? scale) -> Tensor[]",
     _backward,
     fake=_empty_gradients,
 )
@@ -130,13 +131,13 @@ def tensor_attention(q, k1, k2, v1, v2, *, scale=None, return_lse=False):
         out (B, H, S, Dv), or (out, lse). Without any pair, 0 and -inf.
 
     Raises:
-        ValueError: shapes that do not fit together.
+        ValueError: shapes that do not fit together, a scale that is not finite.
         TypeError: another dtype, or dtypes that differ.
+        NotImplementedError: head dims over 256.
     """
     operation = "tensor_attention"
     check_tensors(operation, q=q, k1=k1, k2=k2, v1=v1, v2=v2)
     _check(operation, q, k1, k2, v1, v2)
-    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     out, lse = _tensor_attention_op(q, k1, k2, v1, v2, scale)
     return (out, lse) if return_lse else out
 

@@ -63,8 +63,8 @@ def tree_attention(
         out (B, N, Hq, D), or (out, lse). Padding gives 0 and -inf.
 
     Raises:
-        ValueError: wrong shape; on CPU, positions beyond the block table or pages beyond the pool. On CUDA such keys
-            are skipped and the next tilewise call on the device raises.
+        ValueError: wrong shape, a scale that is not finite; on CPU, positions beyond the block table or pages beyond
+            the pool. On CUDA such keys are skipped and the next tilewise call on the device raises.
         TypeError: wrong dtype.
     """
     check_tensors(
