@@ -5,7 +5,7 @@ import torch.nn.functional as F
 
 import tilewise as tw
 from tilewise.bench.case import Case
-from tilewise.sparse import _csr_linear_dvalues_op, _csr_linear_op, _nm_linear_dvalues_op, _nm_linear_dx_op
+from tilewise.sparse.operators import csr_linear_dvalues_op, csr_linear_op, nm_linear_dvalues_op, nm_linear_dx_op
 
 CSR_SHAPE = (512, 2048, 2048)  # rows, inputs, outputs
 CSR_TARGETS = {0.8: 1.8, 0.9: None, 0.95: None}
@@ -24,7 +24,7 @@ def _nm_runs(device, dtype, rows, columns, out):
     weight = tw.NMSparse.from_dense(w)
     values, indices, mask = weight.values, weight.indices, weight.mask()
     dense = weight.to_dense()
-    dx, dvalues = lambda: _nm_linear_dx_op(dy, values, indices), lambda: _nm_linear_dvalues_op(dy, x, indices)
+    dx, dvalues = lambda: nm_linear_dx_op(dy, values, indices), lambda: nm_linear_dvalues_op(dy, x, indices)
     return {
         "forward": (lambda: tw.linear(x, weight), lambda: F.linear(x, dense)),
         "dx": (dx, lambda: dy @ dense),
@@ -61,9 +61,9 @@ def _csr_cases(device, sparsity, target, rows, columns, out):
     yield Case(f"{name} forward", lambda: tw.linear(x, weight), lambda: F.linear(x, w), target=target, **work)
     if rows < 64:
         return
-    dx = lambda: _csr_linear_op(dy, weight.values, None, transposed, [], out, tile)  # noqa: E731
+    dx = lambda: csr_linear_op(dy, weight.values, None, transposed, [], out, tile)  # noqa: E731
     yield Case(f"{name} dx", dx, lambda: dy @ w, **work)
-    yield Case(f"{name} dvalues", lambda: _csr_linear_dvalues_op(dy, x, matrix, tile), lambda: dy.t() @ x, **work)
+    yield Case(f"{name} dvalues", lambda: csr_linear_dvalues_op(dy, x, matrix, tile), lambda: dy.t() @ x, **work)
 
 
 def cases(device: torch.device) -> list[Case]:
