@@ -5,7 +5,7 @@ import torch
 from tilewise import _C, rope
 from tilewise._library import check_tensors, core, register
 from tilewise.attention.k_sort import channel_order, expect_order, pairs_of, sort_channels
-from tilewise.attention.paged import FORMATS, attend_pages
+from tilewise.attention.paged import FORMATS, attend_pages, pack_options
 from tilewise.attention.paged_varlen import attend_packed
 
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -133,11 +133,19 @@ class KVCache:
             _cache_append_op(*pages, block_table, start, *rows, self._code, *channels, *angles, interleaved)
         torch.autograd.graph.increment_version((self.k_pages, self.v_pages))
 
-    def attend(self, q: torch.Tensor, block_table: torch.Tensor, seq_lens: torch.Tensor, **options):
+    def attend(
+        self,
+        q: torch.Tensor,
+        block_table: torch.Tensor,
+        seq_lens: torch.Tensor,
+        *,
+        return_lse: bool = False,
+        **options,
+    ):
         """:func:`paged_attention` of q (B, Hq, S, D) to this cache; with codes, q may have any float type."""
         pages = (self.k_pages, self.v_pages, block_table, seq_lens)
         q = sort_channels(q, self.k_order)
-        return attend_pages(q, *pages, format=self._code, channels=(self.k_channels, self.v_channels), **options)
+        return attend_pages(q, *pages, self._options(options), return_lse)
 
     def attend_varlen(
         self,
@@ -145,13 +153,19 @@ class KVCache:
         block_table: torch.Tensor,
         cu_seqlens_q: torch.Tensor,
         seq_lens: torch.Tensor,
+        *,
+        max_seqlen_q: int | None = None,
+        return_lse: bool = False,
         **options,
     ):
         """:func:`paged_attention_varlen` of q (T, Hq, D) to this cache; with codes, q may have any float type."""
         pages = (self.k_pages, self.v_pages, block_table, cu_seqlens_q, seq_lens)
         if self.k_order is not None and q.ndim == 3:
             q = sort_channels(q.transpose(0, 1)[None], self.k_order)[0].transpose(0, 1)
-        return attend_packed(q, *pages, format=self._code, channels=(self.k_channels, self.v_channels), **options)
+        return attend_packed(q, *pages, self._options(options), max_seqlen_q, return_lse)
+
+    def _options(self, given):
+        return pack_options(**given, format=self._code, channels=(self.k_channels, self.v_channels))
 
     def update_rope(
         self,

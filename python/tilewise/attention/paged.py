@@ -77,40 +77,18 @@ def paged_attention(
             are skipped, or read as zeros, and the next tilewise call on the device raises.
         TypeError: wrong dtype.
     """
-    return attend_pages(
-        q,
-        k_pages,
-        v_pages,
-        block_table,
-        seq_lens,
-        causal=causal,
-        scale=scale,
-        window=window,
-        softcap=softcap,
-        num_splits=num_splits,
-        return_lse=return_lse,
-    )
+    options = pack_options(causal, scale, window, softcap, num_splits)
+    return attend_pages(q, k_pages, v_pages, block_table, seq_lens, options, return_lse)
 
 
-def attend_pages(
-    q,
-    k_pages,
-    v_pages,
-    block_table,
-    seq_lens,
-    *,
-    causal=True,
-    scale=None,
-    window=None,
-    softcap=0.0,
-    num_splits=None,
-    return_lse=False,
-    format=0,
-    channels=(None, None),
-):
-    """paged_attention over rows of any of FORMATS."""
-    check_tensors("paged_attention", q=q, k_pages=k_pages, v_pages=v_pages, block_table=block_table, seq_lens=seq_lens)
+def pack_options(causal=True, scale=None, window=None, softcap=0.0, num_splits=None, format=0, channels=(None, None)):
+    """The public options, and which of FORMATS the rows are in, as the operators take them."""
     left, right = (None, None) if window is None else window
-    options = (causal, scale, left, right, softcap, num_splits, format, *channels)
+    return causal, scale, left, right, softcap, num_splits, format, *channels
+
+
+def attend_pages(q, k_pages, v_pages, block_table, seq_lens, options, return_lse=False):
+    """paged_attention with the options of pack_options."""
+    check_tensors("paged_attention", q=q, k_pages=k_pages, v_pages=v_pages, block_table=block_table, seq_lens=seq_lens)
     out, lse = _paged_attention_op(q, k_pages, v_pages, block_table, seq_lens, *options)
     return (out, lse) if return_lse else out

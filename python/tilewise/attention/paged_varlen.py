@@ -5,7 +5,7 @@ from itertools import pairwise
 import torch
 
 from tilewise._library import check_tensors, register
-from tilewise.attention.paged import run_paged
+from tilewise.attention.paged import pack_options, run_paged
 
 _TILE = 64  # rows that the kernels work on at a time: the queries of all heads that share a key
 
@@ -117,48 +117,18 @@ def paged_attention_varlen(
         ValueError, TypeError: as :func:`paged_attention`; on CPU also offsets that decrease or overrun q. On CUDA such
             offsets are clamped.
     """
-    return attend_packed(
-        q,
-        k_pages,
-        v_pages,
-        block_table,
-        cu_seqlens_q,
-        seq_lens,
-        max_seqlen_q=max_seqlen_q,
-        causal=causal,
-        scale=scale,
-        window=window,
-        softcap=softcap,
-        num_splits=num_splits,
-        return_lse=return_lse,
-    )
+    tensors = (q, k_pages, v_pages, block_table, cu_seqlens_q, seq_lens)
+    return attend_packed(*tensors, pack_options(causal, scale, window, softcap, num_splits), max_seqlen_q, return_lse)
 
 
 def attend_packed(
-    q,
-    k_pages,
-    v_pages,
-    block_table,
-    cu_seqlens_q,
-    seq_lens,
-    *,
-    max_seqlen_q=None,
-    causal=True,
-    scale=None,
-    window=None,
-    softcap=0.0,
-    num_splits=None,
-    return_lse=False,
-    format=0,
-    channels=(None, None),
+    q, k_pages, v_pages, block_table, cu_seqlens_q, seq_lens, options, max_seqlen_q=None, return_lse=False
 ):
-    """paged_attention_varlen over rows of any of FORMATS."""
+    """paged_attention_varlen with the options of pack_options."""
     operation = "paged_attention_varlen"
     check_tensors(operation, q=q, k_pages=k_pages, v_pages=v_pages, block_table=block_table)
     check_tensors(operation, cu_seqlens_q=cu_seqlens_q, seq_lens=seq_lens)
     longest = _check_sequences(operation, q, cu_seqlens_q, seq_lens, max_seqlen_q)
-    left, right = (None, None) if window is None else window
-    options = (causal, scale, left, right, softcap, num_splits, format, *channels)
     out, lse = _paged_attention_varlen_op(q, k_pages, v_pages, block_table, cu_seqlens_q, seq_lens, longest, *options)
     return (out, lse) if return_lse else out
 

@@ -54,10 +54,7 @@ def flash_attn_func(
     _expect_dims("flash_attn_func", 4, q=q, k=k, v=v)
     out, lse = attention(
         *map(_heads_first, (q, k, v)),
-        causal=causal,
-        scale=softmax_scale,
-        window=_window(window_size, causal),
-        softcap=softcap,
+        **_scoring(softmax_scale, causal, window_size, softcap),
         alibi_slopes=alibi_slopes,
         dropout_p=dropout_p,
         deterministic=deterministic,
@@ -139,7 +136,7 @@ def flash_attn_varlen_func(
     check_tensors(operation, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, seqused_k=seqused_k)
     _expect_dims(operation, 3, q=q)
     _expect_dims(operation, 3 if block_table is None else 4, k=k, v=v)
-    shared = {"causal": causal, "scale": softmax_scale, "window": _window(window_size, causal), "softcap": softcap}
+    scoring = _scoring(softmax_scale, causal, window_size, softcap)
     if block_table is not None:
         _expect_without(operation, "a block_table", alibi_slopes=alibi_slopes, dropout_p=dropout_p or None)
         if cu_seqlens_k is None and seqused_k is None:
@@ -148,7 +145,7 @@ def flash_attn_varlen_func(
         pages = k, v, block_table, cu_seqlens_q, lengths.contiguous()
         with torch.no_grad():
             out, lse = paged_attention_varlen(
-                rows_contiguous(q), *pages, max_seqlen_q=max_seqlen_q, return_lse=True, **shared
+                rows_contiguous(q), *pages, max_seqlen_q=max_seqlen_q, return_lse=True, **scoring
             )
         return _result(out, lse, return_attn_probs)
     if cu_seqlens_k is None:
@@ -167,7 +164,7 @@ def flash_attn_varlen_func(
         dropout_p=dropout_p,
         deterministic=deterministic,
         return_lse=True,
-        **shared,
+        **scoring,
     )
     return _result(out, lse, return_attn_probs)
 
@@ -285,14 +282,14 @@ def flash_attn_with_kvcache(
     if k is not None:
         append_kv(k_cache, v_cache, table, past, rows_contiguous(k), rows_contiguous(v))
         past = past + k.shape[1]
-    options = {"causal": causal, "scale": softmax_scale, "window": _window(window_size, causal), "softcap": softcap}
+    scoring = _scoring(softmax_scale, causal, window_size, softcap)
     if cache_leftpad is None and alibi_slopes is None:
         pages = k_cache, v_cache, table, past
-        out, lse = paged_attention(_heads_first(q), *pages, **options, num_splits=num_splits or None, return_lse=True)
+        out, lse = paged_attention(_heads_first(q), *pages, **scoring, num_splits=num_splits or None, return_lse=True)
         out = out.transpose(1, 2)
     else:
         rows = [_rows_of(cache, table, cache_batch_idx) for cache in (k_cache, v_cache)]
-        out, lse = _attend_rows(rows_contiguous(q), *rows, begin, past, alibi_slopes=alibi_slopes, **options)
+        out, lse = _attend_rows(rows_contiguous(q), *rows, begin, past, alibi_slopes=alibi_slopes, **scoring)
     return (out, lse) if return_softmax_lse else out
 
 
@@ -350,11 +347,12 @@ def _turned(x, past, cos, sin, interleaved, one_place=False):
     return rope.apply(_heads_first(x), tables, interleaved=interleaved).transpose(1, 2)
 
 
-def _window(window_size, causal):
-    """(left, right) with None for what is unlimited, or None altogether."""
+def _scoring(softmax_scale, causal, window_size, softcap):
+    """What all kinds of attention take, under tilewise's names: None is unlimited."""
     left, right = (None if n < 0 else n for n in window_size)
     right = None if causal else right
-    return None if left is None and right is None else (left, right)
+    window = None if left is None and right is None else (left, right)
+    return {"causal": causal, "scale": softmax_scale, "window": window, "softcap": softcap}
 
 
 def _result(out, lse, return_attn_probs):
