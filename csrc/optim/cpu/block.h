@@ -93,12 +93,6 @@ __attribute__((noinline)) void average_block(const G* g, Held first, Held second
   }
 }
 
-template <class First, class Second>
-TILEWISE_INLINE void write_scales(Held first, Held second, const Averaged<First, Second>& block) {
-  if constexpr (First::kQuantised) *first.scale = block.first_scale;
-  if constexpr (Second::kQuantised) *second.scale = block.second_scale;
-}
-
 // Quantised moments that are not finite restart from zero, so that one bad gradient does not reach the other elements
 // of the block through its scale.
 template <class First, class Second>
@@ -116,6 +110,31 @@ TILEWISE_INLINE void drop_nonfinite(Averaged<First, Second>& block) {
   }
 }
 
+template <bool kFinite, class Rule_, class P, class G>
+TILEWISE_INLINE void update_vector(P* p, const G* g, int at, VF& m, VF v, const StepConstants& k) {
+  prefetch_with_vector(p, at);
+  store(p + at, Rule_::template updated<kFinite>(load(p + at), load(g + at), m, v, k));
+}
+
+// Encodes both moments, each vector behind update(at, m, v) of it, which may change m.
+template <class First, class Second, class Update>
+TILEWISE_INLINE void write_moments(Held first, Held second, const Averaged<First, Second>& block,
+                                   const Update& update) {
+  if constexpr (First::kQuantised) *first.scale = block.first_scale;
+  if constexpr (Second::kQuantised) *second.scale = block.second_scale;
+  for (int piece = 0; piece < block.kPieces; piece++) {
+    typename First::Writer to_first(first, block.first_scale, piece);
+    typename Second::Writer to_second(second, block.second_scale, piece);
+#pragma GCC unroll 16
+    for (int i = 0; i < kVectors; i++) {
+      VF m = block.m[piece][i];
+      update(piece * kBlock + i * W, m, block.v[piece][i]);
+      to_first.put(i, m);
+      to_second.put(i, block.v[piece][i]);
+    }
+  }
+}
+
 // The careful kind: moments that the update changes, or that may not be finite.
 template <class Rule_, class First, class Second, class P, class G>
 __attribute__((noinline)) void finish_carefully(P* p, const G* g, Held first, Held second, const StepConstants& k,
@@ -123,10 +142,8 @@ __attribute__((noinline)) void finish_carefully(P* p, const G* g, Held first, He
   for (int piece = 0; piece < block.kPieces; piece++) {
 #pragma GCC unroll 16
     for (int i = 0; i < kVectors; i++) {
-      const int at = piece * kBlock + i * W;
-      prefetch_with_vector(p, at);
       VF m = block.m[piece][i];
-      store(p + at, Rule_::template updated<false>(load(p + at), load(g + at), m, block.v[piece][i], k));
+      update_vector<false, Rule_>(p, g, piece * kBlock + i * W, m, block.v[piece][i], k);
       if constexpr (First::kKept) block.m[piece][i] = m;
     }
   }
@@ -138,16 +155,7 @@ __attribute__((noinline)) void finish_carefully(P* p, const G* g, Held first, He
     if constexpr (First::kQuantised) block.first_scale = signed_scale<typename First::Codec>(block.m);
     if constexpr (Second::kQuantised) block.second_scale = unsigned_scale<typename Second::Codec>(block.v);
   }
-  write_scales<First, Second>(first, second, block);
-  for (int piece = 0; piece < block.kPieces; piece++) {
-    typename First::Writer to_first(first, block.first_scale, piece);
-    typename Second::Writer to_second(second, block.second_scale, piece);
-#pragma GCC unroll 16
-    for (int i = 0; i < kVectors; i++) {
-      to_first.put(i, block.m[piece][i]);
-      to_second.put(i, block.v[piece][i]);
-    }
-  }
+  write_moments(first, second, block, [](int, VF&, VF) {});
 }
 
 template <class Rule_, class First, class Second, class P, class G>
@@ -155,23 +163,9 @@ __attribute__((noinline)) void finish_block(P* p, const G* g, Held first, Held s
                                             Averaged<First, Second>& block) {
   // Where the moments are final already, a vector is encoded behind its update, in the shadow of the square roots.
   if constexpr (kFinal<Rule_, Second>) {
-    if (__builtin_expect(block.top < kInfinityBits && !k.careful, 1)) {
-      write_scales<First, Second>(first, second, block);
-      for (int piece = 0; piece < block.kPieces; piece++) {
-        typename First::Writer to_first(first, block.first_scale, piece);
-        typename Second::Writer to_second(second, block.second_scale, piece);
-#pragma GCC unroll 16
-        for (int i = 0; i < kVectors; i++) {
-          const int at = piece * kBlock + i * W;
-          prefetch_with_vector(p, at);
-          VF m = block.m[piece][i], v = block.v[piece][i];
-          store(p + at, Rule_::template updated<true>(load(p + at), load(g + at), m, v, k));
-          to_first.put(i, m);
-          to_second.put(i, v);
-        }
-      }
-      return;
-    }
+    if (__builtin_expect(block.top < kInfinityBits && !k.careful, 1))
+      return write_moments(first, second, block,
+                           [&](int at, VF& m, VF v) { update_vector<true, Rule_>(p, g, at, m, v, k); });
   }
   finish_carefully<Rule_, First, Second>(p, g, first, second, k, block);
 }
