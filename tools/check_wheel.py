@@ -1,6 +1,13 @@
-"""Builds the wheel and proves that it imports and runs in a clean environment without compiler, nvcc or GPU."""
+"""Builds the wheel and proves that it imports and runs in a clean environment without compiler, nvcc or GPU.
+
+The wheel is configured and built anew, in an isolated environment and a folder of its own. What `make build` compiled
+is put there first, with ninja's record of how: an object is used again where the wheel's build would give the same
+command to the same sources, and compiled otherwise. The extension module always is.
+"""
 
 import os
+import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -8,6 +15,7 @@ import venv
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+BUILD = ROOT / "build"  # of `make build`
 
 PROBE = """
 import pathlib, torch, tilewise
@@ -25,11 +33,45 @@ def run(*command, **options):
     return subprocess.run([str(c) for c in command], check=True, **options)
 
 
+def copy_objects(folder: Path) -> int:
+    """Objects and ninja's records to where a build folder will be; times stay, as the records speak of them."""
+    folders = [f for f in (BUILD / "CMakeFiles").glob("tilewise*.dir") if "emulated" not in f.name]
+    objects = [path for f in folders for path in f.glob("**/*.o")]
+    for path in objects + [p for p in (BUILD / ".ninja_log", BUILD / ".ninja_deps") if p.exists()]:
+        to = folder / path.relative_to(BUILD)
+        to.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(path, to)
+    return len(objects)
+
+
+def tools(environment) -> dict[str, str]:
+    """Where a build takes the compiler and the ninja of `make build`.
+
+    Another name of the compiler is another command, and another ninja might not read the records.
+    """
+    cache = BUILD / "CMakeCache.txt"
+    text = cache.read_text() if cache.exists() else ""
+    found = dict(re.findall(r"^CMAKE_(CXX_COMPILER|MAKE_PROGRAM):\w+=(.+)$", text, re.MULTILINE))
+    if len(found) < 2:
+        return dict(environment)
+    path = os.pathsep.join([str(Path(found["MAKE_PROGRAM"]).parent), environment["PATH"]])
+    return {"CXX": found["CXX_COMPILER"], **environment, "PATH": path}
+
+
+def build_wheel(scratch: Path, environment=os.environ) -> Path:
+    """The wheel, in ``scratch``."""
+    folder = scratch / "build"
+    print(f"{copy_objects(folder)} objects of {BUILD}", flush=True)
+    pip = (sys.executable, "-m", "pip", "wheel", "-q", ROOT, "--no-deps", "-w", scratch)
+    run(*pip, "--config-settings", f"build-dir={folder}", env=tools(environment))
+    (wheel,) = scratch.glob("*.whl")
+    return wheel
+
+
 def main() -> None:
     with tempfile.TemporaryDirectory(prefix="tilewise-wheel-") as scratch:
         scratch = Path(scratch)
-        run(sys.executable, "-m", "pip", "wheel", "-q", ROOT, "--no-deps", "-w", scratch)
-        (wheel,) = scratch.glob("*.whl")
+        wheel = build_wheel(scratch)
         print(f"{wheel.name}: {wheel.stat().st_size / 1e6:.1f} MB")
         if "-py3-none-" not in wheel.name:
             sys.exit(f"check_wheel: {wheel.name} is not tagged py3-none-<platform>")
