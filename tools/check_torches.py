@@ -23,6 +23,8 @@ import zipfile
 from pathlib import Path
 from xml.etree import ElementTree
 
+from check_wheel import build_wheel
+
 ROOT = Path(__file__).parents[1]
 VERSIONS = ("2.10.0", "2.11.0", "2.12.1", "2.13.0", "2.14.1", "2.15.0")  # the last patch of each release
 PACKAGES = ("numpy", "pytest>=8", "hypothesis>=6.100", "expecttest", "rich>=13", "matplotlib>=3.8")
@@ -38,10 +40,8 @@ def say(text: str, begin: float = time.monotonic()) -> None:  # noqa: B008 (the 
 def unpacked_wheel(scratch: Path) -> Path:
     """A copy of the repository whose package is what an installation would have."""
     say("building the wheel")
-    environment = {"TILEWISE_CUDA": "OFF", **os.environ}
-    build = [sys.executable, "-m", "pip", "wheel", "-q", str(ROOT), "--no-deps", "-w", str(scratch)]
-    subprocess.run(build, check=True, env=environment)
-    tree, (wheel,) = scratch / "tree", scratch.glob("*.whl")
+    wheel = build_wheel(scratch, {"TILEWISE_CUDA": "OFF", **os.environ})
+    tree = scratch / "tree"
     files = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
     for name in files.strip("\0").split("\0"):
         if not name.startswith("python/") and (ROOT / name).is_file():
