@@ -56,6 +56,14 @@ def zigzag_shard(t, rank, world, dim=2):
 
     A causal mask leaves late rows more work than early ones; two such chunks have the same together on every rank.
 
+    Args:
+        t: any shape and dtype.
+        rank, world: whose rows, and how many ranks there are.
+        dim: the dimension of rows; default that of (B, H, S, D).
+
+    Returns:
+        ``t`` with 1 / world of its rows; a copy, differentiable.
+
     Raises:
         ValueError: a size in ``dim`` that is not a multiple of 2 world, a rank outside 0..world - 1.
     """
@@ -69,7 +77,19 @@ def zigzag_shard(t, rank, world, dim=2):
 
 
 def zigzag_unshard(shards, dim=2):
-    """The whole tensor of all ranks' shards, in rank order: the inverse of :func:`zigzag_shard`."""
+    """The whole tensor of all ranks' shards: the inverse of :func:`zigzag_shard`.
+
+    Args:
+        shards: those of all ranks, in rank order, alike in shape.
+        dim: the dimension of rows.
+
+    Returns:
+        The tensor with as many rows as all of them have; differentiable.
+
+    Raises:
+        ValueError: a shard with an odd number of rows.
+        TypeError: shards that are not tensors.
+    """
     shards = list(shards)
     check_tensors("zigzag_unshard", **{f"shards[{i}]": t for i, t in enumerate(shards)})
     for i, t in enumerate(shards):

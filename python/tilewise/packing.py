@@ -55,6 +55,7 @@ class Packing:
 
     @property
     def max_seqlen(self) -> int:
+        """Tokens of the longest sequence."""
         return max(self.lengths, default=0)
 
     @property
@@ -64,7 +65,19 @@ class Packing:
 
 
 def offsets(lengths, device=None) -> torch.Tensor:
-    """int32 (n + 1,): 0 and the running sums of ``lengths``, as ``cu_seqlens`` arguments want them."""
+    """0 and the running sums of ``lengths``, as ``cu_seqlens`` arguments want them.
+
+    Args:
+        lengths: n non-negative integers, or an integer tensor (n,), which is copied to the host.
+        device: of the result.
+
+    Returns:
+        int32 (n + 1,).
+
+    Raises:
+        ValueError: a negative length.
+        TypeError: lengths that are not integers.
+    """
     return torch.tensor([0, *accumulate(as_lengths("offsets", lengths))], dtype=torch.int32, device=device)
 
 

@@ -7,6 +7,8 @@ import torch
 from tilewise import _C
 from tilewise._library import check_tensors, register, register_autograd, rows_contiguous
 
+__all__ = ["apply", "reposition", "table"]
+
 
 def _rotate(x, cos, sin, interleaved, inverse):
     out = torch.empty_like(x)
@@ -66,6 +68,9 @@ def apply(x, positions, *, theta=10000.0, dim=None, interleaved=False):
         dim: how many of the first channels turn; default all.
         interleaved: pairs are channels (2 i, 2 i + 1) instead of (i, i + dim / 2).
 
+    Returns:
+        (B, H, S, D) in x's dtype.
+
     Raises:
         ValueError: shapes that do not fit, an odd dim, a theta that is not above 0.
         TypeError: another dtype.
@@ -84,9 +89,15 @@ def reposition(k, old, new, *, theta=10000.0, dim=None, interleaved=False):
     stand in a prompt.
 
     Args:
-        k: (B, H, S, D).
+        k: (B, H, S, D) float32, float16 or bfloat16.
         old, new: (S,) or (B, S), or numbers.
         theta, dim, interleaved: as in :func:`apply`.
+
+    Returns:
+        (B, H, S, D) in k's dtype.
+
+    Raises:
+        ValueError, TypeError: as :func:`apply`.
     """
     check_tensors("rope.reposition", k=k)
     shift = torch.as_tensor(new, device=k.device) - torch.as_tensor(old, device=k.device)

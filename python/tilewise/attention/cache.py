@@ -45,6 +45,10 @@ class KVCache:
 
     Attributes:
         k_pages, v_pages: (P, page_size, Hkv, D), or uint8 (P, page_size, Hkv, row bytes) of codes.
+
+    Raises:
+        ValueError: another format, head dim or order. Of k_channels and v_channels, when rows are written or read.
+        TypeError: channels or an order that are not tensors.
     """
 
     def __init__(
@@ -90,6 +94,7 @@ class KVCache:
 
     @property
     def nbytes(self) -> int:
+        """Of both pools of pages."""
         return self.k_pages.nbytes + self.v_pages.nbytes
 
     def append(
@@ -142,7 +147,10 @@ class KVCache:
         return_lse: bool = False,
         **options,
     ):
-        """:func:`paged_attention` of q (B, Hq, S, D) to this cache; with codes, q may have any float type."""
+        """:func:`paged_attention` of q (B, Hq, S, D) to this cache, with its options, results and errors.
+
+        q has the pages' dtype; beside codes any of float32, float16 and bfloat16.
+        """
         pages = (self.k_pages, self.v_pages, block_table, seq_lens)
         q = sort_channels(q, self.k_order)
         return attend_pages(q, *pages, self._options(options), return_lse)
@@ -158,7 +166,7 @@ class KVCache:
         return_lse: bool = False,
         **options,
     ):
-        """:func:`paged_attention_varlen` of q (T, Hq, D) to this cache; with codes, q may have any float type."""
+        """:func:`paged_attention_varlen` of q (T, Hq, D) to this cache; dtypes as in :meth:`attend`."""
         pages = (self.k_pages, self.v_pages, block_table, cu_seqlens_q, seq_lens)
         if self.k_order is not None and q.ndim == 3:
             q = sort_channels(q.transpose(0, 1)[None], self.k_order)[0].transpose(0, 1)
@@ -177,10 +185,21 @@ class KVCache:
         rotary_dim: int | None = None,
         interleaved: bool = False,
     ) -> None:
-        """Moves cached keys by ``delta`` positions: rotates those at ``positions`` int32 (B, N) further, in place.
+        """Moves cached keys by ``delta`` positions: rotates them further, in place.
 
-        For caches of text that is used again elsewhere (Sun et al., Block-Attention, arXiv:2409.15355). ``delta`` is a
-        number or (B, N), may be negative. Codes are made anew, which rounds once more. No position may stand twice.
+        For caches of text that is used again elsewhere (Ma et al., Block-Attention, arXiv:2409.15355). Codes are made
+        anew, which rounds once more.
+
+        Args:
+            block_table: int32 (B, pages per sequence).
+            positions: int32 (B, N), where the keys stand; none may stand twice.
+            delta: a number or integers (B, N), may be negative.
+            theta, rotary_dim, interleaved: as in :meth:`append`.
+
+        Raises:
+            ValueError: wrong shape; on CPU, positions beyond the block table or pages beyond the pool. On CUDA those
+                are skipped and the next tilewise call on the device raises.
+            TypeError: wrong dtype.
         """
         check_tensors("KVCache.update_rope", block_table=block_table, positions=positions)
         moved = torch.as_tensor(delta, device=positions.device).expand(positions.shape)

@@ -15,6 +15,8 @@ class BlockMask:
     Attributes:
         blocks: bool (B or 1, Hq or 1, ceil(S / bq), ceil(Sk / bk)), True = attend.
         block_size: queries and keys of a block, (bq, bk) or one number for both: multiples of 16 from 16 to 128.
+
+    Shapes, dtype and sizes are checked where it is used: :func:`tilewise.attention` raises.
     """
 
     blocks: torch.Tensor
@@ -22,6 +24,7 @@ class BlockMask:
 
     @property
     def sizes(self) -> tuple[int, int]:
+        """(bq, bk)."""
         return (self.block_size, self.block_size) if isinstance(self.block_size, int) else tuple(self.block_size)
 
     def dense(self, queries: int, keys: int) -> torch.Tensor:

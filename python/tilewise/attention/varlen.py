@@ -79,12 +79,14 @@ def attention_varlen(
     return_lse=False,
     deterministic=False,
 ):
-    """:func:`attention` within each of B sequences that stand packed one after the other.
+    """:func:`attention` within each of B sequences that stand packed one after the other; differentiable likewise.
+
+    No token sees another sequence's (Krell et al., arXiv:2107.02027).
 
     Args:
-        q: (Tq, Hq, D); k: (Tk, Hkv, D); v: (Tk, Hkv, Dv). Sequence b has queries ``cu_seqlens_q[b]`` to
-            ``cu_seqlens_q[b + 1]`` and keys likewise. Rows beyond the last offset belong to no sequence: they
-            get out 0, lse -inf and gradients 0.
+        q: (Tq, Hq, D); k: (Tk, Hkv, D); v: (Tk, Hkv, Dv); dtypes as for :func:`attention`. Sequence b has queries
+            ``cu_seqlens_q[b]`` to ``cu_seqlens_q[b + 1]`` and keys likewise. Rows beyond the last offset belong to no
+            sequence: they get out 0, lse -inf and gradients 0.
         cu_seqlens_q, cu_seqlens_k: int32 (B + 1,), from 0, not decreasing.
         max_seqlen_q, max_seqlen_k: the longest lengths, or a bound on them. Left out, they are read from cu_seqlens on
             CPU; on CUDA, where reading would wait for the device, the number of tokens bounds them.

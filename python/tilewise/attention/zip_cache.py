@@ -28,6 +28,9 @@ class ZipCache:
         probes: share of the prompt's rows that judge saliency, half of them the last, half drawn at random.
         page_size: tokens of a page.
         generator: of the random rows.
+
+    Raises:
+        ValueError: a share outside [0, 1]; of formats and sizes, when the first rows are compressed.
     """
 
     def __init__(
@@ -74,9 +77,15 @@ class ZipCache:
             q: (B, Hq, S, D); k, v: (B, Hkv, S, D), rotated if they are to be.
             lengths: tokens of each prompt, which stand first in its row: integers, or an integer tensor (B,), which is
                 copied to the host. Default: S of all. What stands behind them is not looked at.
+            scale: default ``1 / sqrt(D)``.
 
         Returns:
             out (B, Hq, S, D), 0 behind the prompts.
+
+        Raises:
+            ValueError: a cache that holds tokens, more tokens than its capacity, other shapes than it was made for;
+                otherwise as :func:`tilewise.attention`.
+            TypeError: as there.
         """
         operation = "ZipCache.prefill"
         check_tensors(operation, q=q, k=k, v=v)
@@ -105,9 +114,13 @@ class ZipCache:
 
         Args:
             q: (B, Hq, S, D); k, v: (B, Hkv, S, D), as many tokens of each sequence.
+            scale: default ``1 / sqrt(D)``.
 
         Returns:
             out (B, Hq, S, D).
+
+        Raises:
+            ValueError, TypeError: as :meth:`prefill`.
         """
         check_tensors("ZipCache.decode", q=q, k=k, v=v)
         self._check("ZipCache.decode", k)

@@ -14,7 +14,8 @@ They run wherever :func:`tilewise.attention` does, on CPU too, in float32 too, a
     dropout_p        drawn from torch's default generator
 
 With ``return_attn_probs=True`` the result is (out, softmax_lse, S_dmask): lse (B, H, S), or (H, T) of packed sequences,
-float32, natural logarithm; S_dmask is None, as no matrix of probabilities exists.
+float32, natural logarithm; S_dmask is None, as no matrix of probabilities exists. The algorithm is FlashAttention-2's
+(Dao, arXiv:2307.08691).
 """
 
 import torch
@@ -50,7 +51,18 @@ def flash_attn_func(
     deterministic=False,
     return_attn_probs=False,
 ):
-    """Attention of q (B, S, Hq, D) to k (B, Sk, Hkv, D) and v (B, Sk, Hkv, Dv): out (B, S, Hq, Dv)."""
+    """Attention of q (B, S, Hq, D) to k (B, Sk, Hkv, D) and v (B, Sk, Hkv, Dv); differentiable in all three.
+
+    Args:
+        q, k, v: float32, float16 or bfloat16, of one dtype.
+        dropout_p, ...: as at the top of this module.
+
+    Returns:
+        out (B, S, Hq, Dv), or (out, softmax_lse, None).
+
+    Raises:
+        ValueError, TypeError, NotImplementedError: as :func:`tilewise.attention`.
+    """
     _expect_dims("flash_attn_func", 4, q=q, k=k, v=v)
     out, lse = attention(
         *map(_heads_first, (q, k, v)),
@@ -75,7 +87,11 @@ def flash_attn_kvpacked_func(
     deterministic=False,
     return_attn_probs=False,
 ):
-    """:func:`flash_attn_func` with k and v as kv (B, Sk, 2, Hkv, D)."""
+    """:func:`flash_attn_func` with k and v as kv (B, Sk, 2, Hkv, D), which has the gradient.
+
+    Raises:
+        ValueError: another shape of kv; otherwise as :func:`flash_attn_func`.
+    """
     k, v = _unbind("flash_attn_kvpacked_func", kv=kv, dims=5, parts=2)
     options = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs)
     return flash_attn_func(q, k, v, *options)
@@ -92,7 +108,11 @@ def flash_attn_qkvpacked_func(
     deterministic=False,
     return_attn_probs=False,
 ):
-    """:func:`flash_attn_func` with q, k and v as qkv (B, S, 3, H, D)."""
+    """:func:`flash_attn_func` with q, k and v as qkv (B, S, 3, H, D), which has the gradient.
+
+    Raises:
+        ValueError: another shape of qkv; otherwise as :func:`flash_attn_func`.
+    """
     q, k, v = _unbind("flash_attn_qkvpacked_func", qkv=qkv, dims=5, parts=3)
     options = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs)
     return flash_attn_func(q, k, v, *options)
@@ -117,20 +137,26 @@ def flash_attn_varlen_func(
     block_table=None,
     seqused_k=None,
 ):
-    """Attention within each of B packed sequences: q (Tq, Hq, D), k (Tk, Hkv, D), v (Tk, Hkv, Dv), out (Tq, Hq, Dv).
+    """Attention within each of B packed sequences: q (Tq, Hq, D) to k (Tk, Hkv, D) and v (Tk, Hkv, Dv).
 
     Sequence b has queries ``cu_seqlens_q[b]`` to ``cu_seqlens_q[b + 1]``, int32 (B + 1,), and keys likewise.
 
     Args:
+        max_seqlen_q, max_seqlen_k: the longest lengths, or a bound on them.
         block_table: int32 (B, pages per sequence). k and v are then pages (P, page size, Hkv, D), any page size, of
             which cu_seqlens_k gives the lengths (its differences), and nothing is differentiable:
             :func:`tilewise.paged_attention_varlen`.
         seqused_k: int32 (B,), how many of its keys a sequence has in use; beside a block_table cu_seqlens_k may then be
             None.
 
+    Returns:
+        out (Tq, Hq, Dv), or (out, softmax_lse, None).
+
     Raises:
-        ValueError: neither cu_seqlens_k nor seqused_k; on CPU, lengths beyond the sequence or the block table.
-        NotImplementedError: alibi_slopes or dropout_p beside a block_table.
+        ValueError: neither cu_seqlens_k nor seqused_k; on CPU, lengths beyond the sequence or the block table;
+            otherwise as :func:`tilewise.attention_varlen`.
+        TypeError: as there.
+        NotImplementedError: alibi_slopes or dropout_p beside a block_table; otherwise as there.
     """
     operation = "flash_attn_varlen_func"
     check_tensors(operation, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, seqused_k=seqused_k)
@@ -185,7 +211,11 @@ def flash_attn_varlen_kvpacked_func(
     deterministic=False,
     return_attn_probs=False,
 ):
-    """:func:`flash_attn_varlen_func` with k and v as kv (Tk, 2, Hkv, D)."""
+    """:func:`flash_attn_varlen_func` with k and v as kv (Tk, 2, Hkv, D), which has the gradient.
+
+    Raises:
+        ValueError: another shape of kv; otherwise as :func:`flash_attn_varlen_func`.
+    """
     k, v = _unbind("flash_attn_varlen_kvpacked_func", kv=kv, dims=4, parts=2)
     sequences = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     options = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs)
@@ -205,7 +235,11 @@ def flash_attn_varlen_qkvpacked_func(
     deterministic=False,
     return_attn_probs=False,
 ):
-    """:func:`flash_attn_varlen_func` with q, k and v as qkv (T, 3, H, D)."""
+    """:func:`flash_attn_varlen_func` with q, k and v as qkv (T, 3, H, D), which has the gradient.
+
+    Raises:
+        ValueError: another shape of qkv; otherwise as :func:`flash_attn_varlen_func`.
+    """
     q, k, v = _unbind("flash_attn_varlen_qkvpacked_func", qkv=qkv, dims=4, parts=3)
     sequences = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
     options = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs)

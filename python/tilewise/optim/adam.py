@@ -93,6 +93,9 @@ class AdamW(Adam):
         params, lr, betas, eps, weight_decay, amsgrad: as in torch.optim.AdamW.
         options: as in :class:`Adam`.
 
+    Raises:
+        ValueError, TypeError, NotImplementedError: as in :class:`Adam`.
+
     Example::
 
         optimizer = tilewise.optim.AdamW(model.parameters(), lr=3e-4)  # 1.06 bytes of states per parameter

@@ -42,6 +42,10 @@ class LowBitOptimizer(Optimizer):
     ``state_bits``, ``block_size``, ``second_moment`` and ``min_quantized_size`` decide at a parameter's first step,
     together with :func:`override`; later changes do not touch existing states. Every option may differ between
     parameter groups.
+
+    Raises:
+        TypeError, ValueError, NotImplementedError: an option that is unknown or of a wrong type, out of range, or
+            without a kernel. Options are checked again before every step, and then nothing has changed.
     """
 
     rule: str

@@ -64,6 +64,10 @@ def load_portable_state_dict(optimizer, state_dict: dict) -> None:
     to float32's rounding. Moments may be DTensors of this or another placement on the same mesh, or whole tensors that
     every process has; where the parameter is a whole tensor, a DTensor is gathered.
 
+    Args:
+        optimizer: of this package, with the parameters of the same names.
+        state_dict: unchanged.
+
     Raises:
         ValueError, TypeError, NotImplementedError: it does not fit this optimizer; nothing is changed.
     """

@@ -89,6 +89,9 @@ def quantize_matrix(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Quantises square matrices to 4 bits, in blocks of 64 consecutive elements of a row.
 
+    Shampoo's preconditioners are held so (S. Wang et al., *4-bit Shampoo for Memory-Efficient Network Training*,
+    NeurIPS 2024).
+
     Every element gets the nearest value exactly; a tie goes to the smaller magnitude. Values that are not finite count
     as zero; a block of zeros stays zero.
 
@@ -112,6 +115,11 @@ def quantize_matrix(
 def dequantize_matrix(codes: torch.Tensor, scales: torch.Tensor, diagonal: torch.Tensor | None = None) -> torch.Tensor:
     """The float32 matrices (b, n, n) that codes, scales and diagonal stand for; inverse of :func:`quantize_matrix`.
 
+    Args:
+        codes: uint8 (b, n, 32 C), contiguous, with C = ceil(n / 64).
+        scales: float32 (b, n, C).
+        diagonal: float32 (b, n), or None if the codes hold it.
+
     Raises:
         TypeError: wrong dtype.
         ValueError: codes, scales and diagonal that do not fit each other.
@@ -134,11 +142,14 @@ def orthonormalize(rows: torch.Tensor, *, steps: int = 1) -> torch.Tensor:
 
     Args:
         rows: float32 (b, n, n), any strides.
-        steps: how many, at least 0.
+        steps: how many, 0 to 1000.
+
+    Returns:
+        float32 (b, n, n).
 
     Raises:
         TypeError: ``rows`` is not a float32 tensor, or ``steps`` not an int.
-        ValueError: ``rows`` does not consist of square matrices, or ``steps`` is negative.
+        ValueError: ``rows`` does not consist of square matrices, or ``steps`` is out of range.
     """
     check_tensors("orthonormalize", rows=rows)
     if not isinstance(steps, int) or isinstance(steps, bool):

@@ -74,7 +74,9 @@ def quantize_state(values: torch.Tensor, *, signed: bool, bits: int = 4) -> tupl
     """Quantises a tensor to 4 or 8 bits as the optimizers do with their states.
 
     Every element gets the nearest code exactly; a tie goes to the code of smaller magnitude. Values that are not finite
-    (and negative ones where ``signed`` is false) count as zero.
+    (and negative ones where ``signed`` is false) count as zero. Blocks with a scale each: T. Dettmers et al., *8-bit
+    Optimizers via Block-wise Quantization*, ICLR 2022; in 4 bits B. Li, J. Chen, J. Zhu, *Memory Efficient Optimizers
+    with 4-bit States*, NeurIPS 2023.
 
     Args:
         values: float32, any shape of n elements and any strides.
@@ -101,6 +103,7 @@ def dequantize_state(codes: torch.Tensor, scales: torch.Tensor, shape, *, signed
         codes: uint8 (B, 64), or (B, 256) with 8 bits, contiguous.
         scales: float32 (B,), any stride: ``state["exp_avg_scale"]`` of an optimizer's state.
         shape: of the result; B = ceil(prod(shape) / 128), with 8 bits ceil(prod(shape) / 256).
+        signed, bits: those that the codes were made with.
 
     Raises:
         ValueError: a shape that does not fit the codes, or is negative; ``bits`` is neither 4 nor 8.

@@ -9,7 +9,18 @@ from tilewise.sparse.weight import DTYPES, CompressedWeight, expect_ints, expect
 
 
 class CSR(CompressedWeight):
-    """Unstructured sparsity: crow int32 (out + 1,), col int32 (nnz,) rising within every row, values (nnz,)."""
+    """Unstructured sparsity in compressed sparse rows; products with it run on CPU.
+
+    Args:
+        values: (nnz,) float32, float16 or bfloat16, row after row.
+        crow: int32 (out + 1,), from 0 to nnz: row i has values ``crow[i]`` to ``crow[i + 1]``.
+        col: int32 (nnz,), the input of each value, rising within every row.
+        columns: in.
+
+    Raises:
+        ValueError: shapes that do not fit, offsets or columns out of order or range, tensors on several devices.
+        TypeError: not a tensor, or another dtype.
+    """
 
     format = "csr"
 
@@ -35,18 +46,25 @@ class CSR(CompressedWeight):
 
     @property
     def crow(self) -> torch.Tensor:
+        """int32 (out + 1,)."""
         return self._crow
 
     @property
     def col(self) -> torch.Tensor:
+        """int32 (nnz,)."""
         return self._col
 
     @classmethod
     def from_dense(cls, w: torch.Tensor, *, mask: torch.Tensor | None = None) -> CSR:
-        """The entries of w (out, in) that are not zero, or those where mask (bool, out, in) is True.
+        """The entries that are not zero, or those that a mask chooses.
+
+        Args:
+            w: (out, in) float32, float16 or bfloat16.
+            mask: bool (out, in), True = keep, zeros too.
 
         Raises:
-            TypeError: wrong dtype. ValueError: wrong shape.
+            ValueError: wrong shape, or another device.
+            TypeError: wrong dtype.
         """
         expect_tensor("CSR.from_dense", "w", w, DTYPES, (None, None))
         if mask is None:

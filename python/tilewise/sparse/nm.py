@@ -9,12 +9,20 @@ from tilewise.sparse.weight import DTYPES, CompressedWeight, expect_keys, expect
 
 
 class NMSparse(CompressedWeight):
-    """2:4 sparsity: of every four consecutive inputs of a row, two are kept.
+    """2:4 sparsity: of every four consecutive inputs of a row, two are kept (Mishra et al., arXiv:2104.08378).
 
     values (out, in / 2) holds the kept values in the order of their inputs; indices uint8 (out, ceil(in / 8)) holds one
     nibble per group of four, low nibble first: bits 0-1 the position of the first kept value, bits 2-3 that of the
     second (so 4, 8, 9, c, d or e; the unused last nibble of an odd number of groups is 0). This is the order in which
     the sparse tensor cores read their metadata, so every device works from the portable format itself.
+
+    Args:
+        values: (out, in / 2) float32, float16 or bfloat16.
+        indices: uint8 (out, ceil(in / 8)), on the same device.
+
+    Raises:
+        ValueError: shapes that do not fit, indices that are not two rising positions of four.
+        TypeError: not a tensor, or another dtype.
     """
 
     format = "nm_2_4"
@@ -33,6 +41,7 @@ class NMSparse(CompressedWeight):
 
     @property
     def indices(self) -> torch.Tensor:
+        """uint8 (out, ceil(in / 8))."""
         return self._indices
 
     @classmethod

@@ -37,7 +37,18 @@ def linear(x: torch.Tensor, weight: CompressedWeight, bias: torch.Tensor | None 
 
 
 def matmul(weight: CompressedWeight, x: torch.Tensor) -> torch.Tensor:
-    """``W x`` (out, n) with x (in, n); differentiable in x and ``weight.values``. Errors as in :func:`linear`."""
+    """``W x`` with a sparse weight; differentiable in x and ``weight.values``.
+
+    Args:
+        weight: :class:`NMSparse` or (on CPU) :class:`CSR`, (out, in).
+        x: (in, n) of the weight's dtype.
+
+    Returns:
+        (out, n).
+
+    Raises:
+        ValueError, TypeError, NotImplementedError: as :func:`linear`.
+    """
     check_tensors("matmul", x=x)
     if x.ndim != 2:
         raise ValueError(f"matmul: x has shape {tuple(x.shape)}, expected 2 dimensions")

@@ -24,6 +24,7 @@ class CompressedWeight:
 
     @property
     def values(self) -> torch.Tensor:
+        """The kept values; what is set must have the same shape, dtype and device (ValueError, TypeError)."""
         return self._values
 
     @values.setter
@@ -34,6 +35,7 @@ class CompressedWeight:
 
     @property
     def shape(self) -> torch.Size:
+        """(out, in)."""
         return self._shape
 
     @property

@@ -21,6 +21,13 @@ class TreeTemplate(NamedTuple):
         A candidate of rank r is taken to follow its parent with probability proportional to ``1 / (r + 1)``; each
         level keeps the nodes of the largest path probability, ties in index order. Nodes are numbered level by level,
         and within a level by parent, then rank, so siblings stand in the order of their ranks.
+
+        Args:
+            levels: how many nodes each depth has, from 1 on.
+            candidates: how many each token has.
+
+        Raises:
+            ValueError: a level of more nodes than the one above it can have.
         """
         parent, rank = [-1], [0]
         above = [(1.0, 0)]  # (path probability, node)
@@ -38,6 +45,7 @@ class TreeTemplate(NamedTuple):
         return cls(*(torch.tensor(column, dtype=torch.int32, device="cpu") for column in (parent, rank)))
 
     def to(self, device) -> "TreeTemplate":
+        """The same shape on another device."""
         return TreeTemplate(*(t.to(device) for t in self))
 
 

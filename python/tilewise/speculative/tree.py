@@ -13,7 +13,13 @@ MAX_NODES = 256
 
 
 class TreeLinks(NamedTuple):
-    """What :func:`tree_finalize` derives from a tree's parents."""
+    """What :func:`tree_finalize` derives from a tree's parents.
+
+    Attributes:
+        positions: int32 (B, N), ``seq_lens + depth``; -1 for padding.
+        first_child, next_sibling: int32 (B, N), node indices; -1 where there is none.
+        ancestor_bits: int64 (B, N, W): bit j of node i says that j is i or an ancestor of i.
+    """
 
     positions: torch.Tensor
     first_child: torch.Tensor
@@ -41,7 +47,9 @@ _tree_finalize_op = register(
 
 
 def tree_finalize(parent: torch.Tensor, n_nodes: torch.Tensor, seq_lens: torch.Tensor) -> TreeLinks:
-    """Links and positions of a batch of token trees.
+    """Links and positions of a batch of token trees, which attention and verification follow.
+
+    The bits are the tree mask of SpecInfer (Miao et al., 2024, arXiv:2305.09781).
 
     Args:
         parent: int32 (B, N), contiguous; -1 for the root, -2 for padding.
@@ -49,8 +57,7 @@ def tree_finalize(parent: torch.Tensor, n_nodes: torch.Tensor, seq_lens: torch.T
         seq_lens: int32 (B,), position of each root.
 
     Returns:
-        positions int32 (B, N), ``seq_lens + depth`` (-1 for padding); first_child and next_sibling int32 (B, N), -1
-        where there is none; ancestor_bits int64 (B, N, W): bit j of node i says that j is i or an ancestor of i.
+        :class:`TreeLinks`.
 
     Raises:
         ValueError: wrong shape; on CPU, a parent that does not precede its node. On CUDA such a node counts as padding
@@ -76,7 +83,12 @@ class DraftTree(NamedTuple):
 
     @classmethod
     def chain(cls, tokens: torch.Tensor, n_nodes: torch.Tensor | None = None) -> "DraftTree":
-        """Trees without branches: each token of ``tokens`` int32 (B, N) follows the one before it."""
+        """Trees without branches: each token follows the one before it.
+
+        Args:
+            tokens: int32 (B, N).
+            n_nodes: int32 (B,), how many of them each tree has; None: all.
+        """
         batch, nodes = tokens.shape
         parent = torch.arange(-1, nodes - 1, dtype=torch.int32, device=tokens.device).expand(batch, nodes)
         if n_nodes is None:
@@ -90,6 +102,7 @@ class DraftTree(NamedTuple):
         return tree_finalize(self.parent, self.n_nodes, seq_lens)
 
     def to(self, device) -> "DraftTree":
+        """The same trees on another device."""
         return DraftTree(*(t.to(device) for t in self))
 
 
@@ -160,14 +173,20 @@ def tree_from_sequences(
 ) -> DraftTree:
     """Merges draft continuations into one prefix tree per sequence of the batch, shared prefixes once.
 
+    So that one pass verifies them all (Miao et al., 2024, SpecInfer, arXiv:2305.09781).
+
     Args:
         sequences: int32 (B, width, length), continuations of the root such as n-gram matches, most important first;
             each ends at its first negative token.
         root_tokens: int32 (B,).
         max_nodes: N of the result; tokens that find no free slot are left out. Default: room for all, at most 256.
 
+    Returns:
+        A :class:`DraftTree` of N nodes; tokens stand in the order in which they were first met.
+
     Raises:
-        ValueError, TypeError: wrong shape, dtype or ``max_nodes``.
+        ValueError: wrong shape, or max_nodes outside 1 to 256.
+        TypeError: wrong dtype.
     """
     check_tensors("tree_from_sequences", sequences=sequences, root_tokens=root_tokens)
     if max_nodes is None:

@@ -57,13 +57,16 @@ def verify_greedy(
 
     Lossless: the text equals that of plain greedy decoding with the same logits. Only the logits of the nodes on the
     path are read. The greedy choice is torch.argmax's: the first of equal maxima, and NaN above every number. Of
-    siblings with one token the first counts.
+    siblings with one token the first counts (Miao et al., 2024, SpecInfer, arXiv:2305.09781).
 
     Args:
         parent, tokens: int32 (B, N).
         logits: (B, N, V) float32, float16 or bfloat16; or their argmax, int32 (B, N).
         n_nodes: int32 (B,).
         max_depth: the most drafts that may be accepted, which fixes the shapes of the result; default N - 1.
+
+    Returns:
+        :class:`Verified`: accept_len (B,), path and out_tokens (B, max_depth + 1), int32.
 
     Raises:
         ValueError: wrong shape; on CPU, a bad tree. On CUDA a bad ``n_nodes`` is clamped and the next tilewise call on
