@@ -96,6 +96,18 @@ def test_other_head_dims(device, dtype, dim):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "nodes,heads,kv_heads,dim,longest",
+    [(33, 2, 2, 64, 100), (50, 1, 1, 33, 64), (23, 6, 2, 40, 95), (65, 4, 1, 128, 129), (49, 1, 1, 72, 31)],
+)
+def test_many_rows(device, dtype, nodes, heads, kv_heads, dim, longest):
+    """Rows and channels beyond whole tiles, blocks of keys that all rows see, that some see, and both."""
+    if device.small:
+        nodes, longest = nodes // 2, longest // 2
+    check(device, *case(1, nodes, heads, kv_heads, dim, 16, dtype, longest))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_long_prefix(device, dtype):
     """Long enough to be split between processors and merged again."""
     if device.small:
@@ -120,12 +132,15 @@ def test_scale_and_defaults(device):
     assert torch.equal(default, attend(device, *inputs, scale=1 / 8))
 
 
-def test_large_scores_and_rising_maximum(device):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("nodes,dim", [(6, 64), (40, 64), (40, 100)])
+def test_large_scores_and_rising_maximum(device, dtype, nodes, dim):
     """Later blocks exceed the first one's maximum by more than float32's exponent range can hide."""
-    q, pages, table, prefix, parent, n_nodes = case(1, 6, 2, 1, 64, 16, torch.float32, 400)
+    nodes = 6 if device.small else nodes
+    q, pages, table, prefix, parent, n_nodes = case(1, nodes, 2, 1, dim, 16, dtype, 400)
     keys = pages[0][table[0].long()].flatten(0, 1)
     keys *= torch.linspace(0.1, 40, len(keys))[:, None, None]
-    pages[0][table[0].long()] = keys.view(-1, 16, 1, 64)
+    pages[0][table[0].long()] = keys.view(-1, 16, 1, dim)
     check(device, q, pages, table, prefix, parent, n_nodes)
 
 
@@ -141,18 +156,42 @@ def test_sizes_beyond_fp16(device, nodes, keys, values):
     check(device, q / keys[0], pages, table, prefix, parent, n_nodes)
 
 
-def test_nan_stays_on_its_path(device):
-    """NaN in a query reaches that row; NaN in a key reaches every row that sees it."""
-    q, pages, table, prefix, _, _ = case(1, 4, 1, 1, 64, 16, torch.float32, 10)
-    parent, n_nodes = ints([[-1, 0, 0, 1]]), ints([4])
-    q[0, 2] = math.nan
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("others", [0, 40])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_nan_stays_on_its_path(device, dtype, others, value):
+    """NaN in a query reaches that row; NaN in a key every row that sees it. Infinite queries make NaN scores."""
+    others = 0 if device.small else others
+    q, pages, table, prefix, _, _ = case(1, 4 + others, 1, 1, 64, 16, dtype, 10)
+    parent, n_nodes = ints([[-1, 0, 0, 1] + [2] * others]), ints([4 + others])
+    q[0, 2] = value
     out = attend(device, q, pages, table, prefix, parent, n_nodes)
-    assert out.isnan().any(-1).flatten().tolist() == [False, False, True, False]
+    assert out.isnan().any(-1).flatten().tolist() == [False, False, True, False] + [False] * others
     page, slot = divmod(10 + 1, 16)
     q = torch.randn_like(q)
     pages[0][table[0, page].long(), slot] = math.nan
     out = attend(device, q, pages, table, prefix, parent, n_nodes)
-    assert out.isnan().any(-1).flatten().tolist() == [False, True, False, True]
+    assert out.isnan().any(-1).flatten().tolist() == [False, True, False, True] + [False] * others
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("nodes", [4, 40])
+def test_infinite_keys_and_values(device, dtype, dim, nodes):
+    """A key of infinite score takes no weight if that is -inf; an infinite value reaches its channel alone."""
+    nodes = 4 if device.small else nodes
+    q, pages, table, prefix, parent, n_nodes = case(1, nodes, 1, 1, dim, 16, dtype, 120)
+    q[..., 0] = q[..., 0].abs() + 1
+    parent[:] = 0
+    parent[:, 0], n_nodes[:] = -1, nodes
+    clean, lse = attend(device, q, pages, table, prefix, parent, n_nodes, return_lse=True)
+    row = lambda key: (table[0, key // 16].long(), key % 16)  # noqa: E731
+    pages[0][row(7)][0, 0] = -math.inf
+    pages[1][row(50)][0, 3] = math.inf
+    out, hidden_lse = attend(device, q, pages, table, prefix, parent, n_nodes, return_lse=True)
+    assert (out[..., 3] == math.inf).all()
+    assert out[..., :3].isfinite().all() and out[..., 4:].isfinite().all()
+    assert (hidden_lse < lse).all()
 
 
 def test_pages_that_nobody_sees_may_hold_anything(device):

@@ -89,7 +89,7 @@ class OverlappedAttention {
     score_first(runs[0].q, scores_[now]);
     for (int r = 0; r < n; r++) {
       plan.see(runs[r].tile,
-               [&](const auto& visible) { weigh_run(visible, runs[r], runs[r + 1].q, weights_[r % 2], now); });
+               [&](const auto& visible) { weigh_run(plan, visible, runs[r], runs[r + 1].q, weights_[r % 2], now); });
       add_values(runs[r].units);
       pending_ = {weights_[r % 2], runs[r].out, runs[r].units};
     }
@@ -199,13 +199,14 @@ class OverlappedAttention {
   // ---- the vectors' part ----
 
   // Weights of a run, whose first scores are there; afterwards those of the next run, of query rows `next_q`, are.
-  template <class Visible>
-  void weigh_run(const Visible& visible, const Run& run, const Packed* next_q, Packed* weights, int& now) {
+  template <class Plan, class Visible>
+  void weigh_run(const Plan& plan, const Visible& visible, const Run& run, const Packed* next_q, Packed* weights,
+                 int& now) {
     if (!run.started) set_references(visible, run, scores_[now]);
     for (int unit = 0; unit < run.units; unit++, now ^= 1) {
       const bool last = unit == run.units - 1;
       const Packed* next_k = last ? k_ : k_ + kKeyLayout.at(2 * (unit + 1), 0, 0);
-      weigh_unit(visible, run, unit, scores_[now], weights, last ? next_q : run.q, next_k, scores_[now ^ 1]);
+      weigh_unit(plan, visible, run, unit, scores_[now], weights, last ? next_q : run.q, next_k, scores_[now ^ 1]);
     }
     VF highest = {};
     for (int i = 0; i < kTileRows; i++) highest = max(highest, load(sums_ + i * W));
@@ -214,10 +215,10 @@ class OverlappedAttention {
   }
 
   // Rows of a unit and, before each, half a product of the next unit or the previous run.
-  template <class Visible>
-  __attribute__((noinline)) void weigh_unit(const Visible& visible, const Run& run, int unit, const float* scores,
-                                            Packed* weights, const Packed* next_q, const Packed* next_k,
-                                            float* next_scores) const {
+  template <class Plan, class Visible>
+  __attribute__((noinline)) void weigh_unit(const Plan& plan, const Visible& visible, const Run& run, int unit,
+                                            const float* scores, Packed* weights, const Packed* next_q,
+                                            const Packed* next_k, float* next_scores) const {
     static_assert(2 * (kScoreProducts + kColumnTiles) == kTileRows);
     constexpr int kStoreScores = 10;  // the row by which they are there
     const bool adds = unit < pending_.units;
@@ -230,6 +231,7 @@ class OverlappedAttention {
       else if (adds)
         i % 2 == 0 ? load_for_values(column, unit) : multiply_values(column, unit);
       if (i == kStoreScores) store_scores(next_scores);
+      plan.meanwhile();
       weigh_row(visible, run, i, unit, scores + i * kTileDepth, weights + i * kTileDepth);
     }
   }

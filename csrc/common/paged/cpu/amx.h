@@ -5,7 +5,7 @@
 #include "common/paged/cpu/attention.h"
 #include "common/paged/cpu/team_bytes.h"
 #include "common/paged/cpu/team_words.h"
-#include "common/tile_attention.h"
+#include "common/tile_overlap.h"
 
 namespace tilewise::paged {
 namespace {
@@ -30,24 +30,30 @@ template <class T, class Operands, class Visibility>
 struct MatrixTask {
   const Task<Visibility>& task;
   TileAttention<T, Operands> attention;
+  OverlappedAttention overlapped;
   int tiles;
   AttentionRows rows[kTeamSize][kMatrixTiles];
 
   MatrixTask(const Task<Visibility>& task)
       : task(task),
         attention(task.p.dim, task.p.dim, task.p.scale * kLog2e, task.rows, kTileDepth, many() ? kMaxBlockKeys : 0),
+        overlapped(task.p.dim, task.p.dim, task.p.scale * kLog2e, attention.keys()),
         tiles(static_cast<int>(ceil_div(task.rows, kMatrixRows))) {}
 
   bool many() const { return task.rows > kTeamRows; }
+  // Fewer rows have too little to put beside each other.
+  bool overlaps() const {
+    return Operands::kParts == 1 && task.rows > kMatrixRows && OverlappedAttention::serves(task.p.dim, task.p.dim);
+  }
   int64_t head_bytes(const PageStrides& strides) const { return strides.head * int64_t(sizeof(T)); }
   int tile_rows(int t) const { return min_of(kMatrixRows, task.rows - t * kMatrixRows); }
 
   bool start(const Runtime& rt) {
     const int64_t q_size = attention.query_size(kMatrixRows), state = kMatrixRows * (attention.columns() + W + 2);
-    const int64_t room = attention.bytes(tiles), all = task.heads * tiles;
+    const int64_t room = overlaps() ? overlapped.bytes() : attention.bytes(tiles), all = task.heads * tiles;
     char* memory = scratch<char>(rt, 2, room + all * (q_size * sizeof(Packed) + state * sizeof(float)));
     if (!memory) return false;
-    attention.use(memory);
+    overlaps() ? overlapped.use(memory) : attention.use(memory);
     Packed* q = reinterpret_cast<Packed*>(memory + room);
     float* at = reinterpret_cast<float*>(q + all * q_size);
     for (int64_t i = 0; i < all * state; i++) at[i] = 0;
@@ -62,6 +68,11 @@ struct MatrixTask {
       }
     }
     return true;
+  }
+
+  // How often a block of `keys` keys asks meanwhile().
+  int64_t calls(int keys) const {
+    return overlaps() ? round_up(task.rows, kTileRows) * ceil_div(keys, kTileDepth) : task.rows;
   }
 
   // What the tiles see of a block of `count` keys from `first` on.
@@ -79,7 +90,7 @@ struct MatrixTask {
     void see(int t, const F& f) const {
       const Task<Visibility>& task = work.task;
       if (task.keys.full(first)) return count % kTileDepth == 0 ? f(SeesAll()) : f(SeesUpTo{count, count});
-      SeesBits sees;
+      SeesBits sees = {};  // up to whole runs of rows
       sees.count = count;
       for (int i = 0; i < rows(t); i++) sees.bits[i] = task.visible.seen(task.token(t * kMatrixRows + i), first);
       f(sees);
@@ -99,7 +110,7 @@ struct MatrixTask {
       const int64_t end = now.first + now.count;
       next.find(task, end, keys.block_end(end, block), source);
       Ahead ahead(next, head_bytes(task.p.k_strides), head_bytes(task.p.v_strides), task.heads);
-      const int lines = ahead.share(int64_t(task.heads) * (task.rows + 2 * now.count));
+      const int lines = ahead.share(task.heads * (calls(now.count) + 2 * now.count));
       for (int h = 0; h < task.heads; h++) {
         const auto rows_of = [&](const char* const* at, const PageStrides& strides) {
           return [&ahead, lines, at, offset = h * head_bytes(strides)](int i) {
@@ -107,10 +118,17 @@ struct MatrixTask {
             return reinterpret_cast<const T*>(at[i] + offset);
           };
         };
-        attention.add_block(rows[h], tiles, rows_of(now.k, task.p.k_strides), rows_of(now.v, task.p.v_strides),
-                            now.count, Plan{*this, now.first, now.count, ahead, lines});
+        add_block(rows[h], rows_of(now.k, task.p.k_strides), rows_of(now.v, task.p.v_strides), now.count,
+                  Plan{*this, now.first, now.count, ahead, lines});
       }
     }
+  }
+
+  template <class KRow, class VRow>
+  void add_block(AttentionRows* rows, const KRow& k, const VRow& v, int count, const Plan& plan) {
+    if constexpr (Operands::kParts == 1)
+      if (overlaps()) return overlapped.add_block(rows, tiles, k, v, count, plan);
+    attention.add_block(rows, tiles, k, v, count, plan);
   }
 
   bool finite(int h) const {
