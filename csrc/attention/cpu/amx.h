@@ -3,6 +3,7 @@
 #pragma once
 #include "attention/cpu/amx_rules.h"
 #include "attention/cpu/forward.h"
+#include "common/tile_attention.h"
 #include "common/tile_overlap.h"
 
 namespace tilewise {
@@ -83,8 +84,9 @@ struct ForwardTilesTask {
   const ForwardParams& p;
   const Sequence& seq;
   const TaskRows& rows;
+  using Overlapped = OverlappedAttention<Bf16>;
   TileAttention<T, Operands> attention;
-  OverlappedAttention overlapped;
+  Overlapped overlapped;
   AttentionRows states[kTaskTiles];
 
   ForwardTilesTask(const ForwardParams& p, const TaskRows& rows)
@@ -93,17 +95,17 @@ struct ForwardTilesTask {
         rows(rows),
         attention(p.dim, p.v_dim, static_cast<float>(p.scale * kLog2e), rows.count(),
                   p.rules.blocks ? p.rules.block_k : kTileDepth),
-        overlapped(p.dim, p.v_dim, static_cast<float>(p.scale * kLog2e), attention.keys()) {}
+        overlapped(p.dim, p.v_dim, static_cast<float>(p.scale * kLog2e)) {}
 
   // Two tiles have too little to put beside each other.
   bool overlaps() const {
-    return kParts<T> == 1 && causal_or_dense(p.rules) && tiles() > 2 && OverlappedAttention::serves(p.dim, p.v_dim);
+    return kParts<T> == 1 && causal_or_dense(p.rules) && tiles() > 2 && Overlapped::serves(p.dim, p.v_dim);
   }
   int tiles() const { return static_cast<int>(ceil_div(rows.count(), kTileQueries)); }
   int rows_of(int t) const { return min_of(kTileQueries, rows.count() - t * kTileQueries); }
   int64_t query_size() const { return attention.query_size(kTileQueries); }  // of one tile, as the next
   int64_t state_size() const { return kTileQueries * (attention.columns() + W + 1); }
-  int64_t block_bytes() const { return overlaps() ? overlapped.bytes() : attention.bytes(tiles()); }
+  int64_t block_bytes() const { return overlaps() ? overlapped.bytes(tiles()) : attention.bytes(tiles()); }
   int64_t bytes() const {
     return block_bytes() + tiles() * (query_size() * sizeof(Packed) + state_size() * sizeof(float));
   }

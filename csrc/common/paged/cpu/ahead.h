@@ -17,11 +17,9 @@ class Ahead {
     return int(ceil_div(block_.count * (ceil_div(bytes_[0], kLine) + ceil_div(bytes_[1], kLine)), calls));
   }
   TILEWISE_INLINE void go_on(int lines) {
-    while (lines > 0) {
+    for (; lines > 0; lines--, at_ += kLine) {
       if (at_ >= end_ && !next_row()) return;
-      const int here = int(min_of<int64_t>(lines, ceil_div(end_ - at_, kLine)));
-      for (int i = 0; i < here; i++, at_ += kLine) __builtin_prefetch(at_, 0, 2);
-      lines -= here;
+      __builtin_prefetch(at_, 0, 2);
     }
   }
 
@@ -37,7 +35,7 @@ class Ahead {
     const bool near = head_bytes >= 0 && head_bytes <= 2 * block_.row_bytes;
     return (near ? (heads - 1) * head_bytes : 0) + block_.row_bytes;
   }
-  bool next_row() {
+  __attribute__((noinline)) bool next_row() {
     if (row_ >= 2 * block_.count) return false;
     const bool values = row_ >= block_.count;
     const char* first = values ? block_.v[row_ - block_.count] : block_.k[row_];

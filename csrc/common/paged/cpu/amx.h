@@ -5,6 +5,7 @@
 #include "common/paged/cpu/attention.h"
 #include "common/paged/cpu/team_bytes.h"
 #include "common/paged/cpu/team_words.h"
+#include "common/tile_attention.h"
 #include "common/tile_overlap.h"
 
 namespace tilewise::paged {
@@ -26,34 +27,25 @@ struct SeesBits {
   }
 };
 
-template <class T, class Operands, class Visibility>
+template <class T, class Attention, class Visibility>
 struct MatrixTask {
   const Task<Visibility>& task;
-  TileAttention<T, Operands> attention;
-  OverlappedAttention overlapped;
+  Attention attention;
   int tiles;
   AttentionRows rows[kTeamSize][kMatrixTiles];
 
-  MatrixTask(const Task<Visibility>& task)
-      : task(task),
-        attention(task.p.dim, task.p.dim, task.p.scale * kLog2e, task.rows, kTileDepth, many() ? kMaxBlockKeys : 0),
-        overlapped(task.p.dim, task.p.dim, task.p.scale * kLog2e, attention.keys()),
-        tiles(static_cast<int>(ceil_div(task.rows, kMatrixRows))) {}
+  MatrixTask(const Task<Visibility>& task, const Attention& attention)
+      : task(task), attention(attention), tiles(static_cast<int>(ceil_div(task.rows, kMatrixRows))) {}
 
-  bool many() const { return task.rows > kTeamRows; }
-  // Fewer rows have too little to put beside each other.
-  bool overlaps() const {
-    return Operands::kParts == 1 && task.rows > kMatrixRows && OverlappedAttention::serves(task.p.dim, task.p.dim);
-  }
   int64_t head_bytes(const PageStrides& strides) const { return strides.head * int64_t(sizeof(T)); }
   int tile_rows(int t) const { return min_of(kMatrixRows, task.rows - t * kMatrixRows); }
 
   bool start(const Runtime& rt) {
     const int64_t q_size = attention.query_size(kMatrixRows), state = kMatrixRows * (attention.columns() + W + 2);
-    const int64_t room = overlaps() ? overlapped.bytes() : attention.bytes(tiles), all = task.heads * tiles;
+    const int64_t room = attention.bytes(tiles), all = task.heads * tiles;
     char* memory = scratch<char>(rt, 2, room + all * (q_size * sizeof(Packed) + state * sizeof(float)));
     if (!memory) return false;
-    overlaps() ? overlapped.use(memory) : attention.use(memory);
+    attention.use(memory);
     Packed* q = reinterpret_cast<Packed*>(memory + room);
     float* at = reinterpret_cast<float*>(q + all * q_size);
     for (int64_t i = 0; i < all * state; i++) at[i] = 0;
@@ -68,11 +60,6 @@ struct MatrixTask {
       }
     }
     return true;
-  }
-
-  // How often a block of `keys` keys asks meanwhile().
-  int64_t calls(int keys) const {
-    return overlaps() ? round_up(task.rows, kTileRows) * ceil_div(keys, kTileDepth) : task.rows;
   }
 
   // What the tiles see of a block of `count` keys from `first` on.
@@ -110,7 +97,7 @@ struct MatrixTask {
       const int64_t end = now.first + now.count;
       next.find(task, end, keys.block_end(end, block), source);
       Ahead ahead(next, head_bytes(task.p.k_strides), head_bytes(task.p.v_strides), task.heads);
-      const int lines = ahead.share(task.heads * (calls(now.count) + 2 * now.count));
+      const int lines = ahead.share(task.heads * (attention.calls(task.rows, now.count) + 2 * now.count));
       for (int h = 0; h < task.heads; h++) {
         const auto rows_of = [&](const char* const* at, const PageStrides& strides) {
           return [&ahead, lines, at, offset = h * head_bytes(strides)](int i) {
@@ -118,17 +105,10 @@ struct MatrixTask {
             return reinterpret_cast<const T*>(at[i] + offset);
           };
         };
-        add_block(rows[h], rows_of(now.k, task.p.k_strides), rows_of(now.v, task.p.v_strides), now.count,
-                  Plan{*this, now.first, now.count, ahead, lines});
+        attention.add_block(rows[h], tiles, rows_of(now.k, task.p.k_strides), rows_of(now.v, task.p.v_strides),
+                            now.count, Plan{*this, now.first, now.count, ahead, lines});
       }
     }
-  }
-
-  template <class KRow, class VRow>
-  void add_block(AttentionRows* rows, const KRow& k, const VRow& v, int count, const Plan& plan) {
-    if constexpr (Operands::kParts == 1)
-      if (overlaps()) return overlapped.add_block(rows, tiles, k, v, count, plan);
-    attention.add_block(rows, tiles, k, v, count, plan);
   }
 
   bool finite(int h) const {
@@ -148,24 +128,43 @@ struct MatrixTask {
   }
 };
 
-// By head: on vectors what is too small for tiles, what they do not serve, and where parts of infinite inputs may have
-// become NaN.
+// All heads of a task; `done`: the bits of those whose results are there. Parts of infinite inputs may have become NaN:
+// such a head is left. False: no memory.
+template <class T, class Attention, class Visibility>
+bool attend_matrix(const Task<Visibility>& task, const Runtime& rt, const Attention& attention, uint32_t& done) {
+  MatrixTask<T, Attention, Visibility> work(task, attention);
+  if (!work.start(rt)) return false;
+  work.run();
+  for (int h = 0; h < task.heads; h++) {
+    if (!work.finite(h)) continue;
+    work.write(h, task.of_head(h));
+    done |= 1u << h;
+  }
+  return true;
+}
+// In the order of work that pays: up to 32 rows have too little to put beside each other.
+template <class T, class Operands, class Visibility>
+bool attend_matrix(const Task<Visibility>& task, const Runtime& rt, uint32_t& done) {
+  const int dim = task.p.dim;
+  const float scale = task.p.scale * kLog2e;
+  // A reference that has to be the peak of a whole block is not there when its first weights are made.
+  if constexpr ((Operands::kParts == 1 || Operands::kScaled) && !Operands::kPeakFirst) {
+    using Overlapped = OverlappedAttention<T, Operands>;
+    if (task.rows > kMatrixRows && Overlapped::serves(dim, dim))
+      return attend_matrix<T>(task, rt, Overlapped(dim, dim, scale), done);
+  }
+  const int keys = task.rows > kTeamRows ? kMaxBlockKeys : 0;
+  return attend_matrix<T>(task, rt, TileAttention<T, Operands>(dim, dim, scale, task.rows, kTileDepth, keys), done);
+}
+
+// By head: on vectors what is too small for tiles, what they do not serve, and what they left.
 template <class T, class Operands, class Visibility>
 bool attend_on_tiles(const Task<Visibility>& task, const Runtime& rt) {
   const bool few = task.rows <= kFewRows && FloatRows<T>(task.p.dim).serves_few();
-  uint32_t left = (1u << task.heads) - 1;
-  if (!few && task.p.softcap == 0) {
-    MatrixTask<T, Operands, Visibility> work(task);
-    if (!work.start(rt)) return false;
-    work.run();
-    for (int h = 0; h < task.heads; h++) {
-      if (!work.finite(h)) continue;
-      work.write(h, task.of_head(h));
-      left &= ~(1u << h);
-    }
-  }
+  uint32_t done = 0;
+  if (!few && task.p.softcap == 0 && !attend_matrix<T, Operands>(task, rt, done)) return false;
   for (int h = 0; h < task.heads; h++)
-    if (left >> h & 1 && !attend_rows<FloatRows<T>>(task.of_head(h), rt)) return false;
+    if (!(done >> h & 1) && !attend_rows<FloatRows<T>>(task.of_head(h), rt)) return false;
   return true;
 }
 
