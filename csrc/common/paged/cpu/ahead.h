@@ -17,10 +17,10 @@ class Ahead {
     return int(ceil_div(block_.count * (ceil_div(bytes_[0], kLine) + ceil_div(bytes_[1], kLine)), calls));
   }
   TILEWISE_INLINE void go_on(int lines) {
-    for (; lines > 0; lines--, at_ += kLine) {
-      if (at_ >= end_ && !next_row()) return;
-      __builtin_prefetch(at_, 0, 2);
-    }
+    const char* stop = at_ + lines * kLine;
+    if (stop > end_) return go_on_by_rows(lines);
+#pragma GCC unroll 1
+    for (; at_ != stop; at_ += kLine) __builtin_prefetch(at_, 0, 2);
   }
 
  private:
@@ -35,13 +35,21 @@ class Ahead {
     const bool near = head_bytes >= 0 && head_bytes <= 2 * block_.row_bytes;
     return (near ? (heads - 1) * head_bytes : 0) + block_.row_bytes;
   }
-  __attribute__((noinline)) bool next_row() {
+  const char* row(int i) const { return i < block_.count ? block_.k[i] : block_.v[i - block_.count]; }
+  __attribute__((noinline)) void go_on_by_rows(int lines) {
+    for (; lines > 0; lines--, at_ += kLine) {
+      if (at_ >= end_ && !next_rows()) return;
+      __builtin_prefetch(at_, 0, 2);
+    }
+  }
+  // The next row, and those that go on where it ends.
+  bool next_rows() {
     if (row_ >= 2 * block_.count) return false;
-    const bool values = row_ >= block_.count;
-    const char* first = values ? block_.v[row_ - block_.count] : block_.k[row_];
-    row_++;
+    const char* first = row(row_);
     if (first != end_) at_ = first - uintptr_t(first) % kLine;  // else it goes on where the last one ended
-    end_ = first + bytes_[values];
+    end_ = first;
+    do end_ += bytes_[row_++ >= block_.count];
+    while (row_ < 2 * block_.count && row(row_) == end_);
     return true;
   }
 };

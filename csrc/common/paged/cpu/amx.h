@@ -4,6 +4,7 @@
 #include "common/paged/cpu/ahead.h"
 #include "common/paged/cpu/attention.h"
 #include "common/paged/cpu/team_bytes.h"
+#include "common/paged/cpu/team_vectors.h"
 #include "common/paged/cpu/team_words.h"
 #include "common/tile_attention.h"
 #include "common/tile_overlap.h"
@@ -169,9 +170,21 @@ bool attend_on_tiles(const Task<Visibility>& task, const Runtime& rt) {
 }
 
 template <class Work, class Visibility>
-const char* attend_teams(const typename Visibility::Params& p, const Runtime& rt) {
+const char* attend_teams(const typename Visibility::Params& p, const Runtime& rt, const Share& share = kTeamShare) {
   return run_tasks<Visibility>(
-      p, rt, kTeamShare, [](const Task<Visibility>& task, const Runtime& rt) { return attend_team<Work>(task, rt); });
+      p, rt, share, [](const Task<Visibility>& task, const Runtime& rt) { return attend_team<Work>(task, rt); });
+}
+template <class Source, class Visibility>
+const char* attend_one_row(const typename Visibility::Params& p, const Runtime& rt) {
+  constexpr int kOften = ByteRows<Source>::kBits == 8 ? 2 : 1;  // units of 128 channels
+  const ByteRows<Source> bytes(p.dim);
+  const int units = bytes.units();
+  if (units == kOften && bytes.whole())
+    return attend_teams<VectorTeam<Source, Visibility, kOften, true>, Visibility>(p, rt, kVectorShare);
+  if (units == 1) return attend_teams<VectorTeam<Source, Visibility, 1, false>, Visibility>(p, rt, kVectorShare);
+  if (units <= kOften)
+    return attend_teams<VectorTeam<Source, Visibility, kOften, false>, Visibility>(p, rt, kVectorShare);
+  return attend_teams<VectorTeam<Source, Visibility, 2 * kOften, false>, Visibility>(p, rt, kVectorShare);
 }
 // Few rows, on tiles of bytes if they serve.
 template <class Source, class Visibility>
@@ -179,7 +192,7 @@ const char* attend_few_on_tiles(const typename Visibility::Params& p, const Runt
   if constexpr (ByteRows<Source>::kServed)
     if (fits_bytes(p)) {
       const int rows = team_rows(p);
-      if (rows == 1) return attend_teams<ByteTeam<Source, Visibility, 1>, Visibility>(p, rt);
+      if (rows == 1) return attend_one_row<Source, Visibility>(p, rt);
       if (rows == 2) return attend_teams<ByteTeam<Source, Visibility, 2>, Visibility>(p, rt);
       return attend_teams<ByteTeam<Source, Visibility, 4>, Visibility>(p, rt);
     }

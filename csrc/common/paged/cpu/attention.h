@@ -61,6 +61,7 @@ struct Plan {
     KeyRange& keys = task.keys;
     const int64_t range = round_up(ceil_div(keys.end - keys.first, splits), share.key_step);
     keys.first = min_of(keys.end, keys.first + split * range);
+    task.follow = min_of(keys.end, keys.first + 2 * range);
     keys.end = min_of(keys.end, keys.first + range);
     if (task.partial) task.partial += split * chunk_rows * (task.p.dim + 2);
   }
@@ -86,6 +87,7 @@ const char* run_tasks(const typename Visibility::Params& p, const Runtime& rt, c
     for (int64_t at = begin; at < end; at++) {
       auto task = plan.template task<Visibility>(p, at / plan.splits, partial);
       plan.take_split(task, at % plan.splits);
+      if (at + 1 == end || (at + 1) % plan.splits == 0) task.follow = 0;
       if (!attend(task, rt)) failed = true;
     }
   });

@@ -69,6 +69,7 @@ struct Task {
   int kv_head, first_row, rows, group;
   KeyRange keys;
   int heads = 1;
+  int64_t follow = 0;          // past keys.end: this thread goes on with the keys up to here
   float* partial = nullptr;    // [rows, dim + 2] for the merge; null: this task writes the result
   int64_t partial_stride = 0;  // to the next head's
 

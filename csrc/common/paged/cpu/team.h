@@ -35,14 +35,15 @@ struct TileRows {
 };
 
 // What the keys' and values' scales and zeros make of scores and weights; nothing where rows have none.
+template <int N>
 struct Scaling {
-  VF k_scale[2], k_zero[2], v_scale[2], v_zero[2];
+  VF k_scale[N], k_zero[N], v_scale[N], v_zero[N];
 
   // pairs(values, i): those of 16 rows.
   template <class Pairs>
   TILEWISE_INLINE Scaling(const Pairs& pairs, float factor) {
-#pragma GCC unroll 2
-    for (int i = 0; i < 2; i++) {
+#pragma GCC unroll 4
+    for (int i = 0; i < N; i++) {
       const VI k = pairs(false, i), v = pairs(true, i);
       k_scale[i] = ScaleZero::scale(k) * factor;
       k_zero[i] = ScaleZero::zero(k);
@@ -52,11 +53,23 @@ struct Scaling {
   }
 };
 
+// Scales and zeros of 16 rows of which the first `count` are there, `behind` the rows' beginnings.
+TILEWISE_INLINE VI gather_pairs(const char* const* rows, int64_t behind, int count) {
+  const __mmask16 there = lane_mask(max_of(0, count));
+  __m256i pairs[2];
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; i++)
+    pairs[i] = _mm512_mask_i64gather_epi32(
+        _mm256_setzero_si256(), __mmask8(there >> i * 8),
+        _mm512_add_epi64(_mm512_loadu_si512(rows + i * 8), _mm512_set1_epi64(behind)), nullptr, 1);
+  return (VI)_mm512_inserti64x4(_mm512_castsi256_si512(pairs[0]), pairs[1], 1);
+}
+
 // Outputs are sums of weights with values: those of row m are the rows m, m + rows, ... of `out`, several parts of them
 // or of different channels.
-template <class Source, class Visibility>
+template <class Source, class Visibility, int Keys = kTeamKeys>
 struct Team {
-  static constexpr int kRing = 4;
+  static constexpr int kRing = 4, kKeys = Keys, kVectors = Keys / W;
 
   const Task<Visibility>& task;
   Softcap softcap;
@@ -96,33 +109,45 @@ struct Team {
   }
 
   void find(KeyRows& block, int64_t from) const {
-    block.find(task, from, task.keys.block_end(from, kTeamKeys), Source(task.p.dim));
+    block.find(task, from, task.keys.block_end(from, kKeys), Source(task.p.dim));
   }
 
   // ---- weights ----
 
-  uint32_t seen_by(int m, const KeyRows& block) const {
-    const uint32_t all = ~uint32_t(0) >> (kTeamKeys - block.count);
-    return task.keys.full(block.first) ? all : all & uint32_t(task.visible.seen(task.token(m), block.first).words[0]);
+  uint64_t seen_by(int m, const KeyRows& block) const {
+    static_assert(kKeys <= 64);
+    const uint64_t all = ~uint64_t(0) >> (64 - block.count);
+    return task.keys.full(block.first) ? all : all & task.visible.seen(task.token(m), block.first).words[0];
+  }
+  template <class Bytes>
+  TILEWISE_INLINE Scaling<kVectors> scaling(const Bytes& bytes, const KeyRows& block, int head) const {
+    const auto pairs = [&](bool values, int i) {
+      const int64_t head_bytes = (values ? task.p.v_strides : task.p.k_strides).head;
+      const char* const* rows = (values ? block.v : block.k) + i * W;
+      return gather_pairs(rows, head * head_bytes + bytes.code_bytes(), block.count - i * W);
+    };
+    return {pairs, factor};
   }
 
   // Products to scores, to weights as they meet values.
-  TILEWISE_INLINE void weigh_row(const TeamHead& head, const Scaling& scaling, int m, VF (&x)[2], uint32_t seen) {
-#pragma GCC unroll 2
-    for (int i = 0; i < 2; i++) {
+  TILEWISE_INLINE void weigh_row(const TeamHead& head, const Scaling<kVectors>& scaling, int m, VF (&x)[kVectors],
+                                 uint64_t seen) {
+    VF largest = set1(-kInfinity);
+#pragma GCC unroll 4
+    for (int i = 0; i < kVectors; i++) {
       if constexpr (Source::kScaled)
         x[i] = x[i] * scaling.k_scale[i] + scaling.k_zero[i] * set1(head.q_sums[m]);
       else
         x[i] *= factor;
       if (softcap) x[i] = softcap(x[i]);
       x[i] = (VF)_mm512_mask_mov_ps(_mm512_set1_ps(-kInfinity), __mmask16(seen >> i * W), (__m512)x[i]);
+      largest = max(largest, x[i]);
     }
-    const VF largest = max(x[0], x[1]);
     if (any(largest > set1(head.reference[m] + kReferenceSlack))) raise_reference(head, m, reduce_max(largest));
     VF sum = load(head.sums + m * W), zero = load(head.zeros + m * W);
     const VF reference = set1(head.reference[m]);
-#pragma GCC unroll 2
-    for (int i = 0; i < 2; i++) {
+#pragma GCC unroll 4
+    for (int i = 0; i < kVectors; i++) {
       x[i] = fast_exp2(x[i] - reference);
       sum += x[i];
       if constexpr (Source::kScaled) {
@@ -205,7 +230,7 @@ template <class Work, class Visibility>
 bool attend_team(const Task<Visibility>& task, const Runtime& rt) {
   Work work(task);
   if (!work.start(rt)) return false;
-  run_team(work);
+  work.run();
   uint32_t left = 0;  // heads that another kernel has to decide: parts of infinite inputs may have become NaN
   for (int h = 0; h < task.heads; h++) {
     if (work.finite(work.heads[h]))

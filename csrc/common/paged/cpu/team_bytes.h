@@ -120,15 +120,16 @@ struct ByteTeam : Team<Source, Visibility> {
       if (local.dim % kBytes == 0 && block.in_one_page(i, kTileRows, task.p.table.page_size))
         return {row(0), slot, kBytes};
     char* to = room + i * steps * kBytes;
-    for (int u = 0; u < local.units(); u++)
+    for (int u = 0; u < local.units(); u++) {
+      const __mmask8 mask = local.code_mask(u);
 #pragma GCC unroll 4
       for (int j = 0; j < kTileRows; j++) {
-        __m512i x[Bytes::kVectors];
-        local.decode(row(j), u, x);
+        const __m512i x = Bytes::load_unit(row(j), u, mask);
 #pragma GCC unroll 2
         for (int v = 0; v < Bytes::kVectors; v++)
-          _mm512_store_si512(to + ((u * Bytes::kVectors + v) * kTileRows + j) * kBytes, x[v]);
+          _mm512_store_si512(to + ((u * Bytes::kVectors + v) * kTileRows + j) * kBytes, Bytes::decode(x, v));
       }
+    }
     return {to, kBytes, kTileRows * kBytes};
   }
   TILEWISE_INLINE void find_keys(TeamItem item, int half) {
@@ -141,17 +142,6 @@ struct ByteTeam : Team<Source, Visibility> {
     const KeyRows& block = blocks[item.block];
     values[half] = tile_rows(block, block.v, s.slot, item.head * s.head, half * kTileRows, v_room);
   }
-  // Scales and zeros of 16 rows of which the first `count` are there.
-  TILEWISE_INLINE VI gather_pairs(const char* const* rows, int64_t head_bytes, int count) const {
-    const __m512i behind = _mm512_set1_epi64(head_bytes + bytes.code_bytes());
-    __m256i pairs[2];
-#pragma GCC unroll 2
-    for (int i = 0; i < 2; i++)
-      pairs[i] = _mm512_mask_i64gather_epi32(_mm256_setzero_si256(), __mmask8(lane_mask(max_of(0, count)) >> i * 8),
-                                             _mm512_add_epi64(_mm512_loadu_si512(rows + i * 8), behind), nullptr, 1);
-    return (VI)_mm512_inserti64x4(_mm512_castsi256_si512(pairs[0]), pairs[1], 1);
-  }
-
   TILEWISE_INLINE void multiply_keys(const int32_t* q, int32_t* to) const {
     const int64_t q_bytes = q_columns * sizeof(int32_t);
     zero_tile<0>();
@@ -226,40 +216,19 @@ struct ByteTeam : Team<Source, Visibility> {
   // [key][column] to columns of 16 keys.
   static TILEWISE_INLINE void turn_scores(const int32_t* from, VF (&columns)[q_columns][2]) {
 #pragma GCC unroll 2
-    for (int i = 0; i < 2; i++, from += kTileRows * q_columns) {
-      if constexpr (R == 1) {
-        turn_three(from, columns, i);
-      } else {
+    for (int i = 0; i < 2; i++, from += kTileRows * q_columns)
 #pragma GCC unroll 4
-        for (int c = 0; c < q_columns; c += 4) {  // of the last, only what is there
-          VF four[4];
-          load_columns([&](int j) { return reinterpret_cast<const float*>(from) + j * q_columns + c; }, 0, four);
+      for (int c = 0; c < q_columns; c += 4) {  // of the last, only what is there
+        VF four[4];
+        load_columns([&](int j) { return reinterpret_cast<const float*>(from) + j * q_columns + c; }, 0, four);
 #pragma GCC unroll 4
-          for (int j = 0; j < min_of(4, q_columns - c); j++) columns[c + j][i] = four[j];
-        }
+        for (int j = 0; j < min_of(4, q_columns - c); j++) columns[c + j][i] = four[j];
       }
-    }
-  }
-  static TILEWISE_INLINE void turn_three(const int32_t* from, VF (&columns)[q_columns][2], int i) {
-    const __m512i a = (__m512i)load(from), b = (__m512i)load(from + W), c = (__m512i)load(from + 2 * W);
-#pragma GCC unroll 3
-    for (int column = 0; column < 3; column++) {
-      VI index;  // of the column's numbers among a and b, then among c
-      for (int j = 0; j < W; j++) index[j] = 3 * j + column;
-      const __mmask16 last = _mm512_cmpge_epi32_mask((__m512i)index, _mm512_set1_epi32(2 * W));
-      const __m512i first = _mm512_permutex2var_epi32(a, (__m512i)index, b);
-      columns[column][i] = (VF)_mm512_mask_permutexvar_epi32(first, last, (__m512i)index, c);
-    }
   }
   TILEWISE_INLINE void weigh(TeamItem item, int turn) {
     const KeyRows& block = blocks[item.block];
     TeamHead& head = heads[item.head];
-    const Scaling scaling(
-        [&](bool values, int i) {
-          const PageStrides& s = values ? task.p.v_strides : task.p.k_strides;
-          return gather_pairs((values ? block.v : block.k) + i * W, item.head * s.head, block.count - i * W);
-        },
-        this->factor);
+    const auto scaling = this->scaling(bytes, block, item.head);
     VF turned[q_columns][2];
     turn_scores(scores[turn], turned);
     pending.head = &head;
@@ -331,6 +300,7 @@ struct ByteTeam : Team<Source, Visibility> {
     multiply_values();
     settle();
   }
+  void run() { run_team(*this); }
 };
 
 }  // namespace

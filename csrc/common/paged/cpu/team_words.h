@@ -220,14 +220,14 @@ struct WordTeam : Team<Source, Visibility> {
       }
   }
   static TILEWISE_INLINE __m256i rounded(VF x) { return (__m256i)_mm512_cvtneps_pbh((__m512)x); }
-  TILEWISE_INLINE void weigh_row(const TeamHead& head, const Scaling& scaling, int m, VF (&x)[2], uint32_t seen) {
+  TILEWISE_INLINE void weigh_row(const TeamHead& head, const Scaling<2>& scaling, int m, VF (&x)[2], uint64_t seen) {
     Base::weigh_row(head, scaling, m, x, seen);
     if (parts == 1) return store_weights<1>(m, x[0], x[1]);
     parts == 2 ? store_weights<2>(m, x[0], x[1]) : store_weights<3>(m, x[0], x[1]);
   }
   void weigh(const KeyRows& block, const TeamHead& head, int turn) {
     const TeamPairs& at = pairs[turn];
-    const Scaling scaling([&](bool values, int i) { return load((values ? at.v : at.k) + i * W); }, this->factor);
+    const Scaling<2> scaling([&](bool values, int i) { return load((values ? at.v : at.k) + i * W); }, this->factor);
     const float* from = scores[turn];
     if (q_columns == 1) {
       VF x[2] = {load(from), load(from + W)};
@@ -276,6 +276,7 @@ struct WordTeam : Team<Source, Visibility> {
       multiply<false, true>({}, values, heads[item.head].out, ahead, lines);
   }
   void end() {}
+  void run() { run_team(*this); }
 };
 
 }  // namespace
