@@ -146,6 +146,31 @@ def test_groups_of_heads_over_several_tiles(device, format, dim, num_splits):
     check_attention(cache, table, 200, q, ints([193]), num_splits, window=(150, None))
 
 
+@pytest.mark.modes
+@pytest.mark.parametrize(
+    "heads,tokens", [(3, 3), (1, 17), (4, 16), (5, 13), (2, 50)], ids=["9", "17", "64", "65", "100"]
+)
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("format", CODES)
+def test_many_rows(device, format, dim, heads, tokens):
+    """Prompts and trees' worth of rows: more than 8 share widened codes, more than 16 have a warp for every 16."""
+    cache, table, _, _ = filled(format, 1, 2, 150, dim, page_size=7, dtype=torch.bfloat16)
+    dtype = torch.float16 if heads == 5 else torch.bfloat16
+    q = torch.randn(1, 2 * heads, tokens, dim).to(dtype)
+    check_attention(cache, table, 150, q, ints([143]), 2 if tokens == 16 else 1)
+
+
+@pytest.mark.modes
+@pytest.mark.parametrize("tokens", [5, 20])
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("format", CODES)
+def test_many_rows_masked(device, format, dim, tokens):
+    """A prompt's chunk in two sequences of different lengths: windows, scores that are capped, a tile none sees."""
+    cache, table, _, _ = filled(format, 2, 1, 150, dim, page_size=11, dtype=torch.bfloat16)
+    q = torch.randn(2, 2, tokens, dim).bfloat16()
+    check_attention(cache, table, 150, q, ints([150, 66]), 2, window=(70, None), softcap=8.0)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("format", ["int8", "bfp12"])
 def test_rows_at_any_address(device, format, dtype):
@@ -168,8 +193,9 @@ def test_values_that_a_token_does_not_see_may_be_nan(device, format, dtype):
     v[0, 0, 4, 7] = torch.nan
     cache, table = tw.KVCache(1, 8, 1, 64, format=format), ints([[0]])
     cache.append(k, v, table, ints([0]))
-    out = cache.attend(torch.randn(1, 1, 6, 64).to(dtype), table, ints([6]))
-    assert out.isfinite().all(-1).flatten().tolist() == [True] * 4 + [False] * 2
+    for heads in (1, 2, 3):  # each kind of kernel
+        out = cache.attend(torch.randn(1, heads, 6, 64).to(dtype), table, ints([6]))
+        assert out.isfinite().all(-1)[0].tolist() == [[True] * 4 + [False] * 2] * heads
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -181,10 +207,12 @@ def test_every_exponent(device, dim, dtype):
     cache.k_pages.zero_()
     cache.v_pages.random_(256)
     cache.v_pages[..., -(-dim // 32) * 16 :] = exponents.to(torch.uint8)[:, None, None, None]
-    q, table = torch.randn(len(exponents), 8, 1, dim).to(dtype), torch.arange(len(exponents), dtype=i32)[:, None]
-    out = cache.attend(q, table, torch.ones(len(exponents), dtype=i32))
-    expected = kv_cache.dequantize(cache.v_pages[:, :1], "bfp12", dim).view(-1, 1, 1, dim).expand(-1, 8, -1, -1)
-    torch.testing.assert_close(out.double(), expected, rtol=1e-6, atol=2.0**-123)
+    table = torch.arange(len(exponents), dtype=i32)[:, None]
+    expected = kv_cache.dequantize(cache.v_pages[:, :1], "bfp12", dim).view(-1, 1, 1, dim)
+    for heads in (8, 16, 17):  # each kind of kernel
+        q = torch.randn(len(exponents), heads, 1, dim).to(dtype)
+        out = cache.attend(q, table, torch.ones(len(exponents), dtype=i32))
+        torch.testing.assert_close(out.double(), expected.expand(-1, heads, -1, -1), rtol=1e-6, atol=2.0**-123)
 
 
 @pytest.mark.parametrize("format", CODES)

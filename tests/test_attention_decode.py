@@ -35,7 +35,8 @@ KERNELS = {
     "full tile": ((4, 32, 8, 128, torch.float16), "native", 16, True, 2),
     "larger tile": ((5, 32, 8, 128, torch.float16), "native", 64, True, 2),
     "codes": ((1, 32, 8, 128, torch.bfloat16), "int4", 8, True, 3),
-    "codes, two tiles": ((1, 32, 2, 128, torch.bfloat16), "bfp12", 8, True, 3),
+    "codes, widened": ((1, 32, 2, 128, torch.bfloat16), "bfp12", 16, True, 2),
+    "codes, larger tile": ((5, 32, 8, 64, torch.bfloat16), "int4", 64, True, 3),
     "fp32": ((1, 32, 8, 128, torch.float32), "native", 4, False, 6),
     "odd head dim": ((2, 32, 8, 96, torch.bfloat16), "native", 4, False, 6),
 }

@@ -10,7 +10,7 @@ from tilewise.reference import kv_cache
 FAMILY = "attention"
 PAGED, PAGED_TILES = "attention/cuda/paged.h", "common/paged/cuda/attention.h"
 PAGED_ROWS, PAGED_SOURCE = "common/paged/cuda/rows.h", "common/paged/cuda/source.h"
-PAGED_CODES = "common/paged/cuda/codes.h"
+PAGED_CODES, PAGED_WIDENED = "common/paged/cuda/codes.h", "common/paged/cuda/widened.h"
 CACHE = "attention/cuda/cache.h"
 
 MUTATIONS = [
@@ -50,6 +50,16 @@ MUTATIONS = [
     ),
     Mutation("packed_window_lost", "attention/packing.h", "p.causal ? 0 : p.rules", "p.rules", "plain"),
     Mutation("factors_of_first_group", PAGED_CODES, "exponents[n][1], word / 4)", "exponents[n][1], 0)", "plain"),
+    Mutation(
+        "multiplied_while_widened", PAGED_TILES, "      sync_block();  // everyone has read", "      // has", "race"
+    ),
+    Mutation(
+        "widened_while_multiplied", PAGED_TILES, "      sync_block();  // all has arrived", "      // all", "race"
+    ),
+    Mutation("second_product_lost", PAGED_WIDENED, "multiply<fp16>(sums, 0, low, b);", "", "plain"),
+    Mutation("odd_channels_lost", PAGED_WIDENED, "half / 2 * kBits + half % 2 * 8", "half / 2 * kBits", "plain"),
+    Mutation("widened_by_first_exponent", PAGED_WIDENED, "pair(x, factors[g])", "pair(x, factors[0])", "plain"),
+    Mutation("wide_zero_not_rescaled", PAGED_WIDENED, "      zero[h] *= factor;\n", "", "plain"),
 ]
 
 
@@ -90,7 +100,7 @@ def _check_cache(format, dim=96):
     assert (out - expected).norm() < 0.02 * expected.norm()
 
 
-def _check_tiles_of_codes(format, dim=64):
+def _check_tiles_of_codes(format, heads, dim=64):
     """Several tiles of keys, the last of which is hidden from the first token, and not finite for the second."""
     generator = torch.Generator().manual_seed(4)
     k, v = torch.randn(2, 1, 1, 150, dim, generator=generator).bfloat16() * torch.linspace(0.3, 3, dim)
@@ -102,7 +112,7 @@ def _check_tiles_of_codes(format, dim=64):
     cache.append(k.bfloat16(), v.bfloat16(), table, torch.tensor([0], dtype=torch.int32))
     rows = [p[table[0].long()].flatten(0, 1)[:149].transpose(0, 1)[None] for p in (cache.k_pages, cache.v_pages)]
     keys, values = (kv_cache.dequantize(r, format, dim, None if channels is None else channels[:, None]) for r in rows)
-    q = 2 * torch.randn(1, 5, 2, dim, generator=generator).bfloat16()
+    q = 2 * torch.randn(1, heads, 2, dim, generator=generator).bfloat16()
     out, lse = cache.attend(q, table, torch.tensor([150], dtype=torch.int32), return_lse=True)
     expected, expected_lse = reference.attention(q[:, :, :1].double(), keys, values, causal=True)
     torch.testing.assert_close(lse[:, :, :1].double(), expected_lse, rtol=3e-6, atol=3e-6)
@@ -123,8 +133,9 @@ def _check_packed_heads():
 def check():
     _check_cache("int4")
     _check_cache("bf16")
-    _check_tiles_of_codes("int4")
-    _check_tiles_of_codes("bfp12")
+    for heads in (4, 9):  # operands in registers, and widened into shared memory
+        _check_tiles_of_codes("int4", heads)
+        _check_tiles_of_codes("bfp12", heads)
     _check_packed_heads()
     _check_paged(5, window=(300, None), softcap=2.0)
     _check_paged(20, window=(300, None), softcap=2.0)

@@ -8,7 +8,7 @@
 namespace tilewise::paged {
 
 // Rows of (token, head of the group) in a block of each kernel; cuda/launch.h holds its kernels to them.
-constexpr int kCodeRows = 8, kFewRows = 16, kManyRows = 64;  // on tensor cores: codes, numbers
+constexpr int kCodeRows = 8, kFewRows = 16, kManyRows = 64;  // on tensor cores; of codes, or of either
 constexpr int kSingleRows = 4;                               // a warp per row, of any head
 
 // What a block of the kernel that serves these has, if rows are aligned, and how many registers let run side by side.
@@ -19,8 +19,10 @@ struct CudaTile {
 inline CudaTile cuda_tile(const AttentionParams& p) {
   const bool wide = p.dim == 128;
   if (p.type == Type::f32 || (p.dim != 64 && !wide)) return {false, kSingleRows, 6};
-  if (p.format != Format::native) return {true, kCodeRows, 3};
-  if (int64_t(p.tokens) * (p.q_heads / p.kv_heads) <= kFewRows) return {true, kFewRows, wide ? 2 : 4};
+  const bool codes = p.format != Format::native;
+  const int64_t rows = int64_t(p.tokens) * (p.q_heads / p.kv_heads);
+  if (codes && rows <= kCodeRows) return {true, kCodeRows, 3};
+  if (rows <= kFewRows) return {true, kFewRows, wide ? 2 : codes ? 3 : 4};
   return {true, kManyRows, wide ? 2 : 3};
 }
 

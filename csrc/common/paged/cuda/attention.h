@@ -1,7 +1,7 @@
 // Attention over a paged cache on the tensor cores (sm_80 mma.sync), in the manner of flash decoding: the tokens and
 // heads that share a key head are the rows of one tile, so K and V are read once for all of them; blocks share out the
-// keys, and MergeSplits (rows.h) joins their results. Key tiles are gathered through the block table with cp.async,
-// double-buffered.
+// keys, and MergeSplits (rows.h) joins their results. Key tiles are gathered through the block table with cp.async, one
+// ahead of the tile that is multiplied.
 //
 // The four warps of a block either have 16 rows each and read all keys of a tile, or share one tile of rows and have a
 // quarter of the keys each: a warp then waits for nobody until the four results are joined at the end.
@@ -13,17 +13,19 @@
 //   full(key, count)                    all see all of these
 //   load_word(params, b, token, w)      of a row's shared memory
 //   row(token, words) -> Row            row.sees(key), row.blind(): it sees nothing, also no key that is seen by all
-// What pages hold is another (NumberPages in numbers.h, CodePages in codes.h):
+// What pages hold is another (NumberPages in numbers.h, CodePages in codes.h, WidenedPages in widened.h):
 //   kItem                               bytes of an element, in which strides count
 //   kKeyWarps                           warps that share out the keys of a tile: 1 or 4
 //   kParts                              1: a warp's 16 rows of mma are 16 rows of queries; 2: they are 8, and the same
 //                                       8 rows' second parts: what rounding the first to bf16 has lost
 //   kMinBlocks                          blocks that the registers of a multiprocessor must hold
-//   Stage                               a tile of keys and values in shared memory
+//   Stage                               a tile of keys and values in shared memory, as it was copied
+//   Shared                              stages[2], of which one is multiplied; or stages[1] and the `tile` into which
+//                                       widen(tile, stage) turns it, by all threads of a block, to be multiplied
 //   copy(stage, first, k, v, k_row, v_row)      starts to copy 16 keys and values; a lane knows the rows of one
 //   Queries, start_queries(), Queries(...)      a warp's rows as operands of mma
-//   scores(x, queries, stage, first, scale)     scaled scores in units of log2, of keys from `first` on
-//   Output                              accumulators: rescale(h, factor), add(x, stage, first), store(row, rows)
+//   scores(x, queries, tile, first, scale)      scaled scores in units of log2, of keys from `first` on
+//   Output                              accumulators: rescale(h, factor), add(x, tile, first), store(row, rows)
 #pragma once
 #include "common/paged/cuda/pages.h"
 
@@ -67,6 +69,12 @@ SIMT_DEVICE float softcap(float x, float limit) {
   return y == y ? limit * (fabsf(y) < 0.625f ? near : far) : y;
 }
 
+// Two tiles: one is multiplied as it stands while the other is copied.
+template <class Stage>
+struct TwoStages {
+  Stage stages[2];
+};
+
 constexpr int kTileThreads = 128, kTileWarps = kTileThreads / kWarp;
 constexpr int kTileKeys = 64, kGathered = kTileKeys / kTileWarps;  // keys of a tile; those that one warp copies
 
@@ -89,6 +97,8 @@ struct PagedAttention {
   static_assert(kKeyWarps == 1 || kKeyWarps == kTileWarps, "a warp reads what all copied, or what itself did");
   using Params = Args<typename Visibility::Params>;
   using Stage = typename Pages::Stage;
+  using Shared = typename Pages::Shared;
+  static constexpr int kStages = sizeof(Shared::stages) / sizeof(typename Pages::Stage);
   using Queries = typename Pages::Queries;
   using Output = typename Pages::Output;
   using Scores = float[kWarpKeys / 8][4];
@@ -100,7 +110,7 @@ struct PagedAttention {
   };
   struct Smem {
     union {
-      Stage stages[2];
+      Shared pages;
       Partial partial;
     };
     uint32_t words[kRows][Visibility::kWords ? Visibility::kWords : 1];
@@ -165,6 +175,29 @@ struct PagedAttention {
       sync_warp();
   }
 
+  // Tile j as it is multiplied, while the next one is copied.
+  SIMT_DEVICE static const auto& next_tile(const Params& a, const PagedTile& t, const Visibility& visible, int j,
+                                           Shared& s) {
+    const bool more = j + 1 < t.tiles;
+    if constexpr (kStages == 1) {
+      cp_async_wait<0>();
+      sync_block();  // all has arrived, and everyone has multiplied the tile before
+      Pages::widen(s.tile, s.stages[0]);
+      sync_block();  // everyone has read the stage
+      if (more) load_keys(a, t, visible, t.first_tile + j + 1, s.stages[0]);
+      return s.tile;
+    } else {
+      sync_copies();  // everyone has read the stage that is filled next
+      if (more)
+        load_keys(a, t, visible, t.first_tile + j + 1, s.stages[(j + 1) & 1]);
+      else
+        cp_async_commit();
+      cp_async_wait<1>();
+      sync_copies();
+      return s.stages[j & 1];
+    }
+  }
+
   // Hides what a row must not see, and turns scores into weights relative to the row's new maximum.
   SIMT_DEVICE static void weights(Scores& x, Output& out, Running& run, const PagedTile& t, const Visibility& visible,
                                   int first_key, float limit, const Smem& s) {
@@ -214,8 +247,8 @@ struct PagedAttention {
     const bool active = warp_row() < t.rows;  // a warp without rows only helps to load
     load_words(a, t, s);
     if (t.tiles > 0) {
-      Pages::template start_queries<kRows>(p, t, s.stages[1]);
-      load_keys(a, t, visible, t.first_tile, s.stages[0]);
+      Pages::template start_queries<kRows>(p, t, s.pages);
+      load_keys(a, t, visible, t.first_tile, s.pages.stages[0]);
       cp_async_wait<0>();
     }
     sync_block();
@@ -230,22 +263,15 @@ struct PagedAttention {
                                  Output& out, Running& running, Smem& s) {
     const AttentionParams& p = a.p;
     const float scale = p.scale * kLog2e, limit = p.softcap * kLog2e;
-    const Queries q(p, t, s.stages[1], warp_row());
+    const Queries q(p, t, s.pages, warp_row());
     sync_block();  // the queries have been read where keys come to stand
     for (int j = 0; j < t.tiles; j++) {
-      sync_copies();  // everyone has read the stage that is filled next
-      if (j + 1 < t.tiles)
-        load_keys(a, t, visible, t.first_tile + j + 1, s.stages[(j + 1) & 1]);
-      else
-        cp_async_commit();
-      cp_async_wait<1>();
-      sync_copies();
+      const auto& tile = next_tile(a, t, visible, j, s.pages);
       if (!active) continue;
-      const Stage& stage = s.stages[j & 1];
       Scores x = {};
-      Pages::scores(x, q, stage, warp_key(), scale);
+      Pages::scores(x, q, tile, warp_key(), scale);
       weights(x, out, running, t, visible, (t.first_tile + j) * kKeys + warp_key(), limit, s);
-      out.add(x, stage, warp_key());
+      out.add(x, tile, warp_key());
     }
   }
 

@@ -6,6 +6,7 @@
 #include "common/paged/cuda/codes.h"
 #include "common/paged/cuda/numbers.h"
 #include "common/paged/cuda/rows.h"
+#include "common/paged/cuda/widened.h"
 #include "common/paged/splits.h"
 
 namespace tilewise::paged {
@@ -60,15 +61,22 @@ const char* attend_numbers(const Args<typename Visibility::Params>& a, const Run
   return launch_rows<T, Visibility>(a, rt);
 }
 
+// Few rows: codes become operands in registers. More: they are widened once for all of them.
+template <class T, int D, class Visibility, class Source>
+const char* launch_codes(const Args<typename Visibility::Params>& a, const Runtime& rt) {
+  const int rows = tile_rows(a.p);
+  if (rows <= kCodeRows) return launch_tiles<T, D, Visibility, CodePages<T, D, Source>, kCodeRows>(a, rt);
+  return rows <= kFewRows ? launch_tiles<T, D, Visibility, WidenedPages<T, D, Source, kTileWarps>, kFewRows>(a, rt)
+                          : launch_tiles<T, D, Visibility, WidenedPages<T, D, Source, 1>, kManyRows>(a, rt);
+}
+
 template <class T, class Visibility, class Source>
 const char* attend_codes(const Args<typename Visibility::Params>& a, const Runtime& rt) {
   if constexpr (!is_same_v<T, float>) {
-    using Narrow = CodePages<T, 64, Source>;
-    using Wide = CodePages<T, 128, Source>;
-    if (queries_aligned(a.p) && a.p.dim == 64 && Narrow::aligned(a.p))
-      return launch_tiles<T, 64, Visibility, Narrow, kCodeRows>(a, rt);
-    if (queries_aligned(a.p) && a.p.dim == 128 && Wide::aligned(a.p))
-      return launch_tiles<T, 128, Visibility, Wide, kCodeRows>(a, rt);
+    if (queries_aligned(a.p) && a.p.dim == 64 && CodeRows<64, Source>::aligned(a.p))
+      return launch_codes<T, 64, Visibility, Source>(a, rt);
+    if (queries_aligned(a.p) && a.p.dim == 128 && CodeRows<128, Source>::aligned(a.p))
+      return launch_codes<T, 128, Visibility, Source>(a, rt);
   }
   return launch_rows<T, Visibility, Source>(a, rt);
 }
