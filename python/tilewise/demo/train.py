@@ -56,7 +56,7 @@ class Run:
 
 
 def _schedule(step: int, steps: int) -> float:
-    warm = min(1.0, (step + 1) / max(1, steps // 20))
+    warm = min(1.0, (step + 1) / max(1, steps // 5))  # calmer, and better for both, than a twentieth
     return warm * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / steps)))
 
 
