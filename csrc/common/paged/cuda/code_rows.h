@@ -2,8 +2,8 @@
 // a small integer, which fp16 and bf16 hold exactly. What a row's codes are multiplied by and offset from goes into
 // scores and weights instead:
 //
-//   q . (scale c + zero) = scale (q . c) + zero sum(q)        sum_j p_j (scale_j c_j + zero_j) = (p scale) . c + p .
-//   zero
+//   q . (scale c + zero) = scale (q . c) + zero sum(q)
+//   sum_j p_j (scale_j c_j + zero_j) = (p scale) . c + p . zero
 //
 // So nothing is rounded but queries and weights, and these have two parts each: a number, and what rounding it has
 // lost. Queries have 22 bits of the largest channel in fp16, weights 16 in bf16, whose range takes any scale.
