@@ -33,10 +33,12 @@ FACTS = {
     "PagedAttention<.*CodePages<.* 128, .*CodeSource": {"LDGSTS": ">0", "HMMA": ">=32"},
     "PagedAttention<.*CodePages<.*( 128, .*CodeSource<[24]>|Bfp12)": {"registers": "<=168"},
     # Two products for each pair of operands that ldmatrix reads; three blocks of a multiprocessor at D = 64.
-    "PagedAttention<.*WidenedPages<": {**_NO_SPILLS, r"STG.*\.128": ">0", r"STS.*\.128": ">0", "LDSM": ">=16"},
+    "PagedAttention<.*WidenedPages<": {**_NO_SPILLS, r"STG.*\.128": ">0", r"STS.*\.128": ">0", "LDSM": ">=8"},
     "PagedAttention<.*WidenedPages<.* 64, .* 1>": {"HMMA": ">=128", "LDSM": "<=32", "registers": "<=168"},
     "PagedAttention<.*WidenedPages<.* 128, .* 1>": {"HMMA": ">=256", "LDSM": "<=64", "registers": "<=255"},
-    "PagedAttention<.*WidenedPages<.* 128, .* 4>": {"HMMA": ">=64", "registers": "<=232"},
+    # A warp has 16 keys of a tile: an instruction for 16 channels of keys, and one of values.
+    "PagedAttention<.*WidenedPages<.* 64, .* 4>": {"HMMA": ">=32", "LDSM": "<=8"},
+    "PagedAttention<.*WidenedPages<.* 128, .* 4>": {"HMMA": ">=64", "LDSM": "<=16", "registers": "<=232"},
     "PagedAttentionRows<": {**_NO_SPILLS, "registers": "<=128"},
     "::MergeSplits<": _NO_SPILLS,
     "::Scores<.*TensorScores<": {**_TENSOR_CORES, r"STG.*\.128": 0, "HMMA": ">=16"},
