@@ -42,6 +42,8 @@ MUTATIONS = [
     Mutation("last_rows_not_announced", KEYS, "finish() { announce<0>(); }", "finish() {}", "plain"),
     Mutation("swizzle_of_first_row", KEYS, "(swizzled ^ (i * 8))", "swizzled", "plain"),
     Mutation("behind_the_sequence", KEYS, "{key < w.seq.k_len ?", "{true ?", "plain"),
+    Mutation("nan_lost", HOPPER, "odd = 0.f * base[h]", "odd = 0.f", "plain"),
+    Mutation("nan_not_the_largest", HOPPER, "float top = max_nan(", "float top = fmaxf(", "plain"),
     Mutation("sink_dropped", HOPPER, "add_sink(c, out, mask.sink());", ";", "plain"),
     Mutation("nothing_dropped", HOPPER, "    mask.drop_keys(as_fragment(scores), query, key);\n", "", "plain"),
     Mutation(
@@ -100,12 +102,24 @@ def _check_paged(size):
         _assert_close(out[b : b + 1], reference.attention(*alone, causal=True)[0])
 
 
+def _check_not_finite():
+    """Rows that meet NaN are NaN, wherever it is: a part of the weights is made by instructions that lose it."""
+    q, k, v = _inputs(2, 9, 40)
+    for key in range(40):
+        k[0, 0, key, 3], k[0, 1, key, 3] = torch.nan, torch.inf
+        out = tw.attention(q, k, v)
+        expected, _ = reference.attention(*(t.float() for t in (q, k, v)))
+        assert torch.equal(out.isnan(), expected.isnan()), f"NaN at key {key}"
+        k[0, :, key, 3] = 0
+
+
 def check():
     blocks = torch.eye(5, 10, dtype=torch.bool)[None, None] | (torch.arange(10) == 9)
     with architecture(901):
         _check(4, 150, 600, causal=True)
         _check(2, 9, 300, slope=9.0)
         _check_packed()
+        _check_not_finite()
         _check_paged(96)  # boxes of 32
         _check_paged(12)  # gathered
         _check(2, 150, 300, block_mask=tw.BlockMask(blocks, 32), sink_logits=torch.ones(2), dropout=0.2)

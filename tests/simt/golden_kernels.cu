@@ -38,6 +38,7 @@ struct ScalarProbe {
       case id("unpack2_bf16"): return f32_bits(unpack2<bf16>(a).x) ^ f32_bits(unpack2<bf16>(a).y);
       case id("unpack2_fp16"): return f32_bits(unpack2<fp16>(a).x) ^ f32_bits(unpack2<fp16>(a).y);
       case id("to_tf32"): return to_tf32(x);
+      case id("max_nan"): return f32_bits(max_nan(x, y));
     }
     return kUnknown;
   }

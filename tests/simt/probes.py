@@ -163,6 +163,12 @@ def conversions(kind):
     ]
 
 
+def max_nan(a, b):
+    x, y = floats(a), floats(b)
+    larger = np.where((x > y) | ((x == y) & np.signbit(y)), x, y)
+    return np.where(np.isnan(x) | np.isnan(y), np.uint32(0x7FFFFFFF), bits32(larger))
+
+
 def scalar_cases():
     shift64 = lambda lo, hi: hi << 32 | lo  # noqa: E731
     cases = [
@@ -173,6 +179,7 @@ def scalar_cases():
         approximation("sqrt_approx", np.sqrt, lambda y: ulps(y, 4)),
         approximation("tanh_approx", np.tanh, lambda y: np.abs(np.nan_to_num(y)) * 2.0**-10, ftz=False, scale=2.0),
         scalar("to_tf32", 1, lambda a: formats.to_tf32(floats(a)), random_floats),
+        scalar("max_nan", 2, max_nan, lambda rng: rng.permutation(random_floats(rng))),
         scalar("hneg2", 1, lambda a: a ^ np.uint32(0x80008000)),
         scalar("popc", 1, per_word(lambda v: v.bit_count()), sparse_bits),
         scalar("clz", 1, per_word(lambda v: 32 - v.bit_length()), sparse_bits),

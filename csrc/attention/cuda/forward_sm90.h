@@ -13,7 +13,7 @@
 namespace tilewise::attention {
 
 // 2^x on the FMA units, for x <= 0: within 3e-6 of it, so that lse keeps its accuracy. The polynomial is exactly 1 at
-// 0, so that everything from -127 down, -inf too, gives exactly 0.
+// 0, so that everything from -127 down, -inf too, gives exactly 0. NaN is lost: it gives 0 as well.
 SIMT_DEVICE float exp2_fma(float x) {
   constexpr float kShift = 12582912.f;  // 1.5 * 2^23: rounds to an integer, which it leaves in the low bits
   x = fmaxf(x, -127.f);
@@ -156,13 +156,15 @@ struct ForwardSm90 {
     float base[2];
 #pragma unroll
     for (int h = 0; h < 2; h++) {
-      float top = fmaxf(scores[2 * h], scores[2 * h + 1]);
+      float top = max_nan(scores[2 * h], scores[2 * h + 1]);
 #pragma unroll
-      for (int j = 1; j < kKeys / 8; j++) top = fmaxf(top, fmaxf(scores[4 * j + 2 * h], scores[4 * j + 2 * h + 1]));
-      top = fmaxf(top, shfl_xor(top, 1));
-      top = fmaxf(top, shfl_xor(top, 2));
+      for (int j = 1; j < kKeys / 8; j++) {
+        top = max_nan(top, max_nan(scores[4 * j + 2 * h], scores[4 * j + 2 * h + 1]));
+      }
+      top = max_nan(top, shfl_xor(top, 1));
+      top = max_nan(top, shfl_xor(top, 2));
       top *= scale_log2;
-      const bool grows = top - c.max[h] > kSlack;  // false for -inf - -inf
+      const bool grows = !(top <= c.max[h] + kSlack);  // of a NaN, too; not while both are -inf
       const float before = c.max[h], after = grows ? top : before;
       base[h] = after == -INFINITY ? 0.f : after;
       c.correction[h] = exp2_approx(before - base[h]);
@@ -171,7 +173,7 @@ struct ForwardSm90 {
     }
 #pragma unroll
     for (int h = 0; h < 2; h++) {
-      float even = 0.f, odd = 0.f;
+      float even = 0.f, odd = 0.f * base[h];  // NaN for the rows that meet NaN or infinity, which exp2_fma loses
 #pragma unroll
       for (int j = 0; j < kKeys / 8; j++) {
         float &x = scores[4 * j + 2 * h], &y = scores[4 * j + 2 * h + 1];

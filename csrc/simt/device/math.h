@@ -35,6 +35,13 @@ SIMT_DEVICE float tanh_approx(float x) {
   return y;
 }
 
+// The larger; NaN if either is NaN, where fmaxf takes the other.
+SIMT_DEVICE float max_nan(float a, float b) {
+  float y;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
+  return y;
+}
+
 // (cos(pi x), sin(pi x)) to 2 ulp; no range reduction, so no local memory.
 SIMT_DEVICE float2 cos_sin_pi(float x) {
   float2 r;

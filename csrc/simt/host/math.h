@@ -43,6 +43,11 @@ SIMT_DEVICE float tanh_approx(float x) {
   return tanhf(x);
 }
 
+SIMT_DEVICE float max_nan(float a, float b) {
+  if (a != a || b != b) return bits_f32(0x7fffffffu);
+  return a > b || (a == b && signbit(b)) ? a : b;
+}
+
 SIMT_DEVICE float2 cos_sin_pi(float x) {
   const double angle = 3.14159265358979323846 * x;
   return {static_cast<float>(cos(angle)), static_cast<float>(sin(angle))};
