@@ -9,7 +9,7 @@ CONFIGURE = $(PY) -m cmake -S . -G Ninja -DCMAKE_MAKE_PROGRAM=$(NINJA) -DPython_
 SANITIZERS := $(shell g++ -print-file-name=libasan.so) $(shell g++ -print-file-name=libubsan.so)
 SANITIZER_OPTIONS := detect_leaks=0:detect_stack_use_after_return=0:verify_asan_link_order=0
 FAMILY ?=
-TESTS := test-plain test-mutations test-race test-asan
+TESTS := test-attention test-others test-mutations test-race test-asan
 
 .PHONY: help demo test $(TESTS) build bench bench-cpp study gpu-report lint format wheel-check torches-check clean
 help:
@@ -34,12 +34,14 @@ build: build/.environment
 	$(CONFIGURE) -B build -DTILEWISE_EMULATOR=ON
 	MAKEFLAGS= $(PY) -m cmake --build build
 
-# The whole suite; its seeded bugs; then its small cases again with the CUDA kernels race-checked, and under ASan and
-# UBSan. Two at a time; where nobody watches, the output of each stays together.
+# The whole suite, in two halves; its seeded bugs; then its small cases again with the CUDA kernels race-checked, and
+# under ASan and UBSan. Two at a time; where nobody watches, the output of each stays together.
 test: build
 	$(MAKE) -j2 $(if $(MAKE_TERMOUT),,--output-sync=target) $(TESTS)
-test-plain: build
-	$(PY) -m pytest tests --ignore tests/test_mutations.py
+test-attention: build
+	$(PY) -m pytest tests/test_attention*.py
+test-others: build
+	$(PY) -m pytest tests --ignore-glob 'tests/test_attention*' --ignore tests/test_mutations.py
 test-mutations: build
 	$(PY) -m pytest tests/test_mutations.py
 test-race: build
