@@ -6,7 +6,7 @@
 // few terms then differ by more than twice what float32 costs.) That is two thirds of the products of three parts in
 // bf16 (tiles.h), each at the same speed, but only within fp16's range. So a row or a block is multiplied with a power
 // of two that brings its largest number near the upper end; numbers down to 2^-15 of that keep all their bits, and none
-// is off by more than 2^-39 of it.
+// is off by more than 2^-39 of it. (A block may take the power of one before it: 2^-9 and 2^-33 then, at worst.)
 #pragma once
 #include "common/tiles.h"
 
@@ -49,6 +49,10 @@ struct Largest {
       for (int i = 0; i < 4; i++) lanes[i] = larger(lanes[i], load(row + d + i * W));
     for (; d < dim; d += W) lanes[0] = larger(lanes[0], load_up_to(row + d, dim - d));
   }
+  TILEWISE_INLINE void add(VF low, VF high) {
+    lanes[0] = larger(lanes[0], low);
+    lanes[1] = larger(lanes[1], high);
+  }
   float most() const { return reduce_max(larger(larger(lanes[0], lanes[1]), larger(lanes[2], lanes[3]))); }
 };
 
@@ -74,6 +78,13 @@ TILEWISE_INLINE void load_halves(const float* from, int64_t n, VF scale, Halves 
   if (n >= kTileDepth) return split_halves(load(from) * scale, load(from + W) * scale, parts);
   split_halves(load_up_to(from, n) * scale, load_up_to(from + W, n - W) * scale, parts);
 }
+// The same, and what the largest of them is.
+TILEWISE_INLINE void load_halves(const float* from, int64_t n, VF scale, Largest& largest, Halves (&parts)[2]) {
+  const bool whole = n >= kTileDepth;
+  const VF low = whole ? load(from) : load_up_to(from, n), high = whole ? load(from + W) : load_up_to(from + W, n - W);
+  largest.add(low, high);
+  split_halves(low * scale, high * scale, parts);
+}
 
 // Rows of a left operand, each with a scale of its own, whose inverse goes to `units`.
 template <class Row>
@@ -95,15 +106,19 @@ void pack_left_halves(Packed* to, float* units, const HalfLayout& layout, const 
   }
 }
 
-// Rows that become the columns of a right operand.
-inline void pack_right_halves_transposed(Packed* to, const HalfLayout& layout, const float* const* rows, int count,
-                                         int padded, int dim, VF scale) {
+// Rows that become the columns of a right operand; row(i) as in pack_left(). Returns the largest magnitude there.
+template <class Row>
+float pack_right_halves_transposed(Packed* to, const HalfLayout& layout, const Row& row, int count, int padded, int dim,
+                                   VF scale) {
   alignas(64) float split[2][kTileRows * W];  // pairs of fp16
-  for (int first = 0; first < padded; first += kTileRows)
+  Largest largest;
+  for (int first = 0; first < padded; first += kTileRows) {
+    const float* rows[kTileRows];
     for (int k = 0; k < layout.steps; k++) {
       for (int i = 0; i < kTileRows; i++) {
+        if (k == 0) rows[i] = first + i < count ? row(first + i) : nullptr;
         Halves parts[2] = {};
-        if (first + i < count) load_halves(rows[first + i] + k * kTileDepth, dim - k * kTileDepth, scale, parts);
+        if (rows[i]) load_halves(rows[i] + k * kTileDepth, dim - k * kTileDepth, scale, largest, parts);
 #pragma GCC unroll 2
         for (int p = 0; p < 2; p++) _mm512_store_si512(split[p] + i * W, parts[p]);
       }
@@ -118,17 +133,23 @@ inline void pack_right_halves_transposed(Packed* to, const HalfLayout& layout, c
         }
       }
     }
+  }
+  return largest.most();
 }
 
-// Rows of a right operand; columns are in the order of bf16 (natural_columns<1>).
-inline void pack_right_halves(Packed* to, const HalfLayout& layout, const float* const* rows, int count, int padded,
-                              int dim, VF scale) {
-  for (int row = 0; row < padded; row += 2) {
-    Packed* at = to + layout.at(0, 0, row / kTileDepth) + row % kTileDepth / 2 * kTileDepth;
+// Rows of a right operand, likewise; columns are in the order of bf16 (natural_columns<1>).
+template <class Row>
+float pack_right_halves(Packed* to, const HalfLayout& layout, const Row& row, int count, int padded, int dim,
+                        VF scale) {
+  Largest largest;
+  for (int i = 0; i < padded; i += 2) {
+    Packed* at = to + layout.at(0, 0, i / kTileDepth) + i % kTileDepth / 2 * kTileDepth;
+    const float* first = i < count ? row(i) : nullptr;
+    const float* second = i + 1 < count ? row(i + 1) : nullptr;
     for (int d = 0; d < dim; d += kTileDepth, at += 2 * layout.tile_stride()) {
       Halves a[2] = {}, b[2] = {};
-      if (row < count) load_halves(rows[row] + d, dim - d, scale, a);
-      if (row + 1 < count) load_halves(rows[row + 1] + d, dim - d, scale, b);
+      if (first) load_halves(first + d, dim - d, scale, largest, a);
+      if (second) load_halves(second + d, dim - d, scale, largest, b);
 #pragma GCC unroll 2
       for (int p = 0; p < 2; p++) {
         _mm512_store_si512(at + p * layout.part_stride(), _mm512_unpacklo_epi16(a[p], b[p]));
@@ -136,6 +157,7 @@ inline void pack_right_halves(Packed* to, const HalfLayout& layout, const float*
       }
     }
   }
+  return largest.most();
 }
 
 }  // namespace

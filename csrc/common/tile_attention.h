@@ -41,7 +41,7 @@ class TileAttention : public RowsOnTiles<T, Operands> {
   // cache. The products of the next tile's scores are taken between the rows of one tile's weights.
   template <class KRow, class VRow, class Plan>
   void add_block(AttentionRows* tiles, int count, const KRow& k, const VRow& v, int keys, const Plan& plan) {
-    this->pack_keys(block_, k, keys);
+    this->pack_keys(block_, tiles, k, keys);
     int t = next_tile(count, plan, 0);
     if (t < count) plan.rows(t) > kTileRows ? score<2>(tiles[t], plan.keys(t)) : score<1>(tiles[t], plan.keys(t));
     for (int turn = 0; t < count; turn ^= 1) {

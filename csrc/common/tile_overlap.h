@@ -57,6 +57,7 @@ struct UnitProducts {
   static constexpr int kSteps = 2, kKeyTiles = 2, kColumnTiles = 4;
   static constexpr int kScores = kSteps * Products::count * kKeyTiles,
                        kCount = kScores + Products::count * kColumnTiles;
+  static constexpr int kSmall = Products::count - 1;  // of a step
 
   struct Product {
     bool score;
@@ -70,10 +71,12 @@ struct UnitProducts {
     for (int i = 0; i < kCount; i++) {
       const bool score = i < kScores;
       const int n = score ? i : i - kScores, columns = score ? kKeyTiles : kColumnTiles;
-      const int pair = n / columns, part = pair % Products::count;
-      const bool new_part = part == 0 || Products::left[part] != Products::left[part - 1];
+      const int pair = n / columns, small = (score ? kSteps : 1) * kSmall;
+      const bool large = pair >= small;  // the last, as in multiply_packed()
+      const int part = large ? 0 : 1 + pair % kSmall;
+      const bool new_part = part <= 1 || Products::left[part] != Products::left[part - 1];
       all[i] = {score,
-                pair / Products::count,
+                large ? pair - small : pair / kSmall,
                 Products::left[part],
                 Products::right[part],
                 n % columns,
@@ -120,7 +123,7 @@ class OverlappedAttention : public RowsOnTiles<T, Operands> {
   // As TileAttention::add_block().
   template <class KRow, class VRow, class Plan>
   void add_block(AttentionRows* tiles, int count, const KRow& k, const VRow& v, int keys, const Plan& plan) {
-    this->pack_keys(k_, k, keys);
+    this->pack_keys(k_, tiles, k, keys);
     this->pack_values(values_, tiles, count, plan, v, keys);
 
     Run runs[kMaxRows / kTileRows + 1];

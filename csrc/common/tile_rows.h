@@ -134,6 +134,7 @@ struct AttentionRows {
   float* reference;  // [row], in powers of two
   bool started;
   float* units = nullptr;  // [row], of scaled queries: what one is worth
+  float key_scale = 0;     // of scaled keys; 0: none yet
   float value_scale = 0;   // of scaled values, and by that of `out`; 0: none yet
   int first = 0;           // what policies call the first row
 };
@@ -223,13 +224,20 @@ class RowsOnTiles {
 
   static int padded(int keys) { return static_cast<int>(round_up(keys, kTileDepth)); }
 
+  // Scaled operands take the scale of the block before, and are packed again if it does not fit: a pass of its own for
+  // the largest of them would wait for memory with nothing else to do.
   template <class KRow>
-  void pack_keys(Packed* to, const KRow& k, int keys) {
+  void pack_keys(Packed* to, AttentionRows* tiles, const KRow& k, int keys) {
     if constexpr (Operands::kScaled) {
-      const float* rows[kMaxBlockKeys];
-      const float scale = scale_to(14, find_rows(rows, k, keys, dim_));
+      float& scale = tiles->key_scale;
+      const auto pack = [&] { return pack_right_halves_transposed(to, q_, k, keys, padded(keys), dim_, set1(scale)); };
+      if (scale == 0) scale = key_scale(largest_of(k, keys, dim_));
+      const float most = pack();
+      if (most != 0 && !(most * scale >= kLeastKey && most * scale <= kMostKey)) {
+        scale = key_scale(most);
+        pack();
+      }
       key_unit_ = 1 / scale;
-      pack_right_halves_transposed(to, q_, rows, keys, padded(keys), dim_, set1(scale));
     } else {
       pack_right_transposed<typename Operands::Element>(to, q_, Operands::rows(k), keys, padded(keys), dim_);
     }
@@ -237,30 +245,31 @@ class RowsOnTiles {
   template <class VRow, class Plan>
   void pack_values(Packed* to, AttentionRows* tiles, int count, const Plan& plan, const VRow& v, int keys) {
     if constexpr (Operands::kScaled) {
-      const float* rows[kMaxBlockKeys];
-      set_value_scale(tiles, count, plan, find_rows(rows, v, keys, v_dim_));
-      pack_right_halves(to, v_, rows, keys, padded(keys), v_dim_, set1(scale_of(tiles->value_scale)));
+      const auto pack = [&] {
+        return pack_right_halves(to, v_, v, keys, padded(keys), v_dim_, set1(scale_of(tiles->value_scale)));
+      };
+      if (tiles->value_scale == 0) set_value_scale(tiles, count, plan, largest_of(v, keys, v_dim_));
+      if (set_value_scale(tiles, count, plan, pack())) pack();
     } else {
       pack_right<typename Operands::Element>(to, v_, Operands::rows(v), keys, padded(keys), v_dim_);
     }
   }
-  // The addresses of a block's rows, asked once, and the largest magnitude there.
   template <class Row>
-  static float find_rows(const float** rows, const Row& row, int count, int dim) {
+  static float largest_of(const Row& row, int count, int dim) {
     Largest largest;
-    for (int i = 0; i < count; i++) {
-      rows[i] = row(i);
-      largest.add(rows[i], dim);
-    }
+    for (int i = 0; i < count; i++) largest.add(row(i), dim);
     return largest.most();
   }
+  // Room for blocks of larger keys, and more of it for smaller ones.
+  static constexpr float kLeastKey = 256, kMostKey = 61440;
+  static float key_scale(float most) { return scale_to(13, most); }
   static float scale_of(float value_scale) { return value_scale == 0 ? 1 : value_scale; }
   // All blocks have one scale, as results add up; it leaves room for larger values, and where that does not suffice, a
-  // smaller one is taken, for what was summed before too.
+  // smaller one is taken, for what was summed before too. Whether it has changed.
   template <class Plan>
-  void set_value_scale(AttentionRows* tiles, int count, const Plan& plan, float most) const {
+  bool set_value_scale(AttentionRows* tiles, int count, const Plan& plan, float most) const {
     const float before = tiles->value_scale;
-    if (!(most > 0 && most <= kFloatMost) || (before != 0 && most * before <= 32768.f)) return;
+    if (!(most > 0 && most <= kFloatMost) || (before != 0 && most * before <= 32768.f)) return false;
     const float after = scale_to(10, most);
     for (int t = 0; t < count; t++) {
       tiles[t].value_scale = after;
@@ -268,6 +277,7 @@ class RowsOnTiles {
       for (int i = 0; i < plan.rows(t) * columns(); i += W)
         store(tiles[t].out + i, load(tiles[t].out + i) * (after / before));
     }
+    return true;
   }
 
   // ---- weights ----

@@ -325,7 +325,8 @@ struct Bf16Products {
   }
 };
 
-// Which products of parts are summed, in an order in which mostly one operand stays.
+// Which products of parts are summed, in an order in which mostly one operand stays. The first one is the large one: it
+// is added for all terms after the others, so that only its own additions round at the size of the sum.
 template <int P>
 struct PartProducts : Bf16Products {
   static constexpr int count = 1, left[] = {0}, right[] = {0};
@@ -368,15 +369,15 @@ TILEWISE_INLINE void end_tiles(float* c, int64_t c_stride) {
   if constexpr (M * N == 4) store_tile<3>(rest + kTileRows, row_bytes);
 }
 
-// Adds the products of step k.
-template <int P, int M, int N, class Products>
+// Adds the products [Begin, End) of step k.
+template <int P, int M, int N, class Products, int Begin = 0, int End = Products::count>
 TILEWISE_INLINE void multiply_step(const TileRun& left, const TileRun& right, int k) {
 #pragma GCC unroll 8
-  for (int i = 0; i < Products::count; i++) {
+  for (int i = Begin; i < End; i++) {
     const Packed* a = left.first + Products::left[i] * left.part_stride + k * kTileSize;
     const Packed* b = right.first + Products::right[i] * right.part_stride + k * kTileSize;
-    const bool new_left = i == 0 || Products::left[i] != Products::left[i - 1];
-    const bool new_right = i == 0 || Products::right[i] != Products::right[i - 1];
+    const bool new_left = i == Begin || Products::left[i] != Products::left[i - 1];
+    const bool new_right = i == Begin || Products::right[i] != Products::right[i - 1];
     if (new_left) load_tile<4>(a, 64);
     if constexpr (N == 4) {
       load_tile<5>(b, 64);
@@ -405,7 +406,9 @@ template <int P, int M, int N, class Products = PartProducts<P>>
 TILEWISE_INLINE void multiply_packed(const TileRun& left, const TileRun& right, int steps, float* c, int64_t c_stride,
                                      bool add) {
   begin_tiles<M, N>(c, c_stride, add);
-  for (int k = 0; k < steps; k++) multiply_step<P, M, N, Products>(left, right, k);
+  if constexpr (Products::count > 1)
+    for (int k = 0; k < steps; k++) multiply_step<P, M, N, Products, 1, Products::count>(left, right, k);
+  for (int k = 0; k < steps; k++) multiply_step<P, M, N, Products, 0, 1>(left, right, k);
   end_tiles<M, N>(c, c_stride);
 }
 
@@ -430,7 +433,7 @@ class MultiplyInSteps {
                   int64_t c_stride)
       : m_(m), tiles_(tiles), layout_(layout), left_(left), right_(right), c_(c), stride_(c_stride) {}
 
-  int steps() const { return tiles_ / 2 * layout_.steps; }
+  int steps() const { return tiles_ / 2 * passes(); }
   TILEWISE_INLINE void take(int steps) {
     for (; steps > 0 && n_ < tiles_; steps--) m_ == 2 ? step<2>() : step<1>();
   }
@@ -443,11 +446,16 @@ class MultiplyInSteps {
   float* c_ = nullptr;
   int64_t stride_ = 0;
 
+  int passes() const { return Products::count > 1 ? 2 * layout_.steps : layout_.steps; }  // over a pair of columns
   template <int M>
   TILEWISE_INLINE void step() {
     if (k_ == 0) begin_tiles<M, 2>(c_, stride_, false);
-    multiply_step<P, M, 2, Products>(left_, run_of(right_, layout_, n_), k_);
-    if (++k_ < layout_.steps) return;
+    const TileRun right = run_of(right_, layout_, n_);
+    if (Products::count > 1 && k_ < layout_.steps)
+      multiply_step<P, M, 2, Products, 1, Products::count>(left_, right, k_);
+    else
+      multiply_step<P, M, 2, Products, 0, 1>(left_, right, k_ % layout_.steps);
+    if (++k_ < passes()) return;
     end_tiles<M, 2>(c_ + n_ * kTileRows, stride_);
     n_ += 2;
     k_ = 0;

@@ -158,10 +158,14 @@ bool attend_matrix(const Task<Visibility>& task, const Runtime& rt, uint32_t& do
   return attend_matrix<T>(task, rt, TileAttention<T, Operands>(dim, dim, scale, task.rows, kTileDepth, keys), done);
 }
 
+// Scores of so few terms round so little that what products of parts leave out would show.
+constexpr int kFewTerms = 16;
+
 // By head: on vectors what is too small for tiles, what they do not serve, and what they left.
 template <class T, class Operands, class Visibility>
 bool attend_on_tiles(const Task<Visibility>& task, const Runtime& rt) {
-  const bool few = task.rows <= kFewRows && FloatRows<T>(task.p.dim).serves_few();
+  const bool few = (task.rows <= kFewRows && FloatRows<T>(task.p.dim).serves_few()) ||
+                   (Operands::kParts > 1 && task.p.dim <= kFewTerms);
   uint32_t done = 0;
   if (!few && task.p.softcap == 0 && !attend_matrix<T, Operands>(task, rt, done)) return false;
   for (int h = 0; h < task.heads; h++)
