@@ -30,21 +30,22 @@ void bind_sparse(py::module_& m) {
     const py::gil_scoped_release release;
     column_sum(dy, total, stream);
   });
-  m.def("csr_linear", [](const PyTensor& x, const PyTensor& values, const PyTensor& crow, const PyTensor& col,
-                         int64_t columns, int64_t tile, const PyTensor& tile_ptr, const PyTensor& records,
-                         const OptionalTensor& order, const OptionalTensor& bias, const PyTensor& y) {
-    void* stream = x.stream();
-    const py::gil_scoped_release release;
-    csr_linear(x, values, {crow, col, columns, tile, tile_ptr, records}, pointer_to(order), pointer_to(bias), y,
-               stream);
-  });
-  m.def("csr_linear_dvalues",
-        [](const PyTensor& dy, const PyTensor& x, const PyTensor& crow, const PyTensor& col, int64_t columns,
-           int64_t tile, const PyTensor& tile_ptr, const PyTensor& records, const PyTensor& dvalues) {
-          void* stream = dy.stream();
+  m.def("csr_linear",
+        [](const PyTensor& x, const PyTensor& values, const PyTensor& crow, const PyTensor& col, int64_t columns,
+           int64_t tile, const PyTensor& tile_ptr, const PyTensor& records, const PyTensor& within,
+           const OptionalTensor& order, const OptionalTensor& bias, const PyTensor& y) {
+          void* stream = x.stream();
           const py::gil_scoped_release release;
-          csr_linear_dvalues(dy, x, {crow, col, columns, tile, tile_ptr, records}, dvalues, stream);
+          csr_linear(x, values, {crow, col, columns, tile, tile_ptr, records, within}, pointer_to(order),
+                     pointer_to(bias), y, stream);
         });
+  m.def("csr_linear_dvalues", [](const PyTensor& dy, const PyTensor& x, const PyTensor& crow, const PyTensor& col,
+                                 int64_t columns, int64_t tile, const PyTensor& tile_ptr, const PyTensor& records,
+                                 const PyTensor& within, const PyTensor& dvalues) {
+    void* stream = dy.stream();
+    const py::gil_scoped_release release;
+    csr_linear_dvalues(dy, x, {crow, col, columns, tile, tile_ptr, records, within}, dvalues, stream);
+  });
 }
 
 }  // namespace tilewise

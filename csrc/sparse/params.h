@@ -8,7 +8,6 @@ enum class Type : int { f32, bf16, f16 };
 
 constexpr int kCsrRowBlock = 128;
 constexpr int64_t kFewCsrRows = 8;  // up to here the plan is not used
-inline constexpr const char* kForeignPlan = "the plan does not belong to this matrix";
 
 struct NmForwardParams {
   const void* x;           // [rows, in]
@@ -48,6 +47,7 @@ struct ColumnSumParams {
 struct CsrTiling {
   const int32_t* tile_ptr;  // [row blocks, column tiles] + 1
   const int32_t* records;   // [n, 4]: row, first entry, count, sum of the counts before
+  const uint8_t* within;    // [nnz], in the order of the records: column within the tile
   int64_t tile;             // columns per tile
 };
 

@@ -1,6 +1,7 @@
 // The family's only argument checks, and the choice of its kernels.
 #include "tilewise/sparse.h"
 
+#include <algorithm>
 #include <utility>
 
 #include "common/check.h"
@@ -97,16 +98,25 @@ void check_crow(const Check& check, const Tensor& crow, int64_t nnz) {
              static_cast<long>(nnz));
 }
 
-// The plan's records: within their row block and row, in the order that `position` says, each entry once.
+bool bytes_below(const uint8_t* p, int64_t count, int64_t bound) {
+  uint8_t largest = 0;
+  for (int64_t i = 0; i < count; i++) largest = p[i] > largest ? p[i] : largest;
+  return count == 0 || largest < bound;
+}
+
+// The plan's records: within their row block and row, in the order that `position` says, each entry once; and each
+// entry's column within its tile.
 void check_records(const Check& check, const CsrMatrix& m, int64_t out, int64_t nnz) {
   const int64_t across = (m.columns + m.tile - 1) / m.tile, tiles = (out + kCsrRows - 1) / kCsrRows * across;
   const int64_t count = m.records.shape[0];
   check.shape(m.tile_ptr, "weight.plan", {tiles + 1});
+  check.shape(m.within, "weight.plan", {nnz});
   const int32_t *ptr = m.tile_ptr.ptr<int32_t>(), *crow = m.crow.ptr<int32_t>();
   bool ok = ptr[0] == 0 && ptr[tiles] == count;
   for (int64_t i = 0; i < tiles; i++) ok &= ptr[i] <= ptr[i + 1];
   int64_t position = 0;
   for (int64_t i = 0; ok && i < tiles; i++) {
+    const int64_t begin = position, column = i % across * m.tile;
     const int64_t first_row = i / across * kCsrRows, end_row = first_row + kCsrRows < out ? first_row + kCsrRows : out;
     for (const int32_t* r = m.records.ptr<int32_t>() + 4 * ptr[i]; r < m.records.ptr<int32_t>() + 4 * ptr[i + 1];
          r += 4) {
@@ -115,6 +125,8 @@ void check_records(const Check& check, const CsrMatrix& m, int64_t out, int64_t 
       if (!ok) break;
       position += r[2];
     }
+    ok = ok && position <= nnz &&
+         bytes_below(m.within.ptr<uint8_t>() + begin, position - begin, std::min(m.tile, m.columns - column));
   }
   check.that(ok && position == nnz, "weight.plan", "does not belong to this matrix, expected CSR's own");
 }
@@ -126,8 +138,9 @@ void check_csr(const Check& check, const CsrMatrix& m, int64_t nnz, const Tensor
   for (auto [t, name] : {std::pair{&m.crow, "weight.crow"},
                          {&m.col, "weight.col"},
                          {&m.tile_ptr, "weight.plan"},
-                         {&m.records, "weight.plan"}}) {
-    check.dtype(*t, name, {DType::i32});
+                         {&m.records, "weight.plan"},
+                         {&m.within, "weight.plan"}}) {
+    check.dtype(*t, name, {t == &m.within ? DType::u8 : DType::i32});
     check.same_device(*t, name, as, as_name);
     check.contiguous(*t, name);
   }
@@ -137,16 +150,16 @@ void check_csr(const Check& check, const CsrMatrix& m, int64_t nnz, const Tensor
   check.shape(m.records, "weight.plan", {kAny, 4});
   check.that(m.columns >= 0 && m.columns < INT32_MAX, "weight", "has %ld columns, expected less than 2^31",
              static_cast<long>(m.columns));
-  check.that(m.tile >= 1 && m.tile <= 65536, "weight.plan", "has tiles of %ld columns, expected 1 to 65536",
+  check.that(m.tile >= 1 && m.tile <= 256, "weight.plan", "has tiles of %ld columns, expected 1 to 256",
              static_cast<long>(m.tile));
   check_crow(check, m.crow, nnz);
+  if (with_plan) return check_records(check, m, m.crow.shape[0] - 1, nnz);  // which is followed instead of `col`
   check.that(indices_below(m.col.ptr<int32_t>(), nnz, m.columns), "weight.col",
              "holds a column out of range, expected 0 <= column < %ld", static_cast<long>(m.columns));
-  if (with_plan) check_records(check, m, m.crow.shape[0] - 1, nnz);
 }
 
 CsrTiling tiling_of(const CsrMatrix& m) {
-  return {m.tile_ptr.ptr<int32_t>(), m.records.ptr<int32_t>(), m.tile};
+  return {m.tile_ptr.ptr<int32_t>(), m.records.ptr<int32_t>(), m.within.ptr<uint8_t>(), m.tile};
 }
 
 }  // namespace

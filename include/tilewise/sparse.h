@@ -35,6 +35,7 @@ struct CsrMatrix {
   Tensor tile_ptr;  // i32[row blocks * column tiles + 1], row block first: where each tile's records begin
   Tensor records;   // i32[n, 4]: row, first entry, number of entries, sum of the numbers before; a run of one row's
                     // entries within the tile
+  Tensor within;    // u8[Z]: each entry's column within its tile, in the order of the records
 };
 constexpr int kCsrRows = 128;
 

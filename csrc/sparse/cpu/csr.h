@@ -1,6 +1,6 @@
 // CSR products, tile by tile: a tile of x stays in the first-level cache while every row of a row block passes over it.
 // Within a tile the plan orders the rows by their number of entries, so the inner loop's trip count repeats and is
-// predicted; empty rows are left out.
+// predicted; empty rows are left out. Values are read where they stand, so in-place training needs no new plan.
 #pragma once
 #include "sparse/cpu/nm_forward.h"
 
@@ -11,74 +11,77 @@ struct CsrRecord {
   int32_t row, first, count, position;  // `position`: the sum of the counts before
 };
 
-// The entries in the order of the plan: f32 values, and offsets of their lines within the tile.
-struct CsrEntries {
-  float* values;      // [nnz + W]
-  uint32_t* offsets;  // [nnz + W]
-};
-
 struct CsrTiles {
   const CsrRecord* records;
   const int32_t* tile_ptr;
+  const uint8_t* within;
   int64_t tile, across, blocks;  // columns per tile, tiles per row block, row blocks
 
   CsrTiles(const CsrTiling& t, int64_t out, int64_t in)
       : records(reinterpret_cast<const CsrRecord*>(t.records)),
         tile_ptr(t.tile_ptr),
+        within(t.within),
         tile(t.tile),
         across(ceil_div(in, t.tile)),
         blocks(ceil_div(out, kCsrRowBlock)) {}
 };
 
-// Runs body(tile index, record) over all records, in parallel over row blocks; returns false if a body does.
-template <class F>
-inline bool for_each_record(const Runtime& rt, const CsrTiles& tiles, const F& body) {
-  bool ok = true;
-  parallel_for(rt, tiles.blocks, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin * tiles.across; i < end * tiles.across; i++)
-      for (int32_t r = tiles.tile_ptr[i]; r < tiles.tile_ptr[i + 1]; r++)
-        if (!body(i % tiles.across, tiles.records[r])) __atomic_store_n(&ok, false, __ATOMIC_RELAXED);
-  });
-  return ok;
-}
-
-// Offsets of a record's lines; false if an entry lies outside the tile.
-TILEWISE_INLINE bool tile_offsets(uint32_t* offsets, const int32_t* col, int64_t count, int64_t k0, int64_t tile,
-                                  int64_t width) {
-  uint32_t largest = 0;
-  for (int64_t e = 0; e < count; e++) {
-    const uint32_t within = uint32_t(col[e] - int32_t(k0));
-    largest = max_of(largest, within);
-    offsets[e] = within * uint32_t(width);
-  }
-  return int64_t(largest) < tile;
-}
-
+// The values in CSR order as f32: themselves, or a copy in `slot`; null when memory is exhausted.
 template <class T>
-inline bool order_entries(const CsrForwardParams& p, const Runtime& rt, const CsrTiles& tiles, const CsrEntries& to,
-                          int64_t width) {
+inline const float* float_values(const CsrForwardParams& p, const Runtime& rt, int slot) {
   const T* values = static_cast<const T*>(p.values);
-  return for_each_record(rt, tiles, [&](int64_t column_tile, const CsrRecord& r) {
-    float* out = to.values + r.position;
-    for (int32_t e = 0; e < r.count; e++) out[e] = to_float(values[p.order ? p.order[r.first + e] : r.first + e]);
-    return tile_offsets(to.offsets + r.position, p.col + r.first, r.count, column_tile * tiles.tile, tiles.tile, width);
-  });
+  if constexpr (sizeof(T) == sizeof(float))
+    if (!p.order) return values;
+  float* copy = scratch<float>(rt, slot, p.nnz + W);
+  constexpr int64_t kGrain = 16384;
+  if (copy)
+    parallel_for(rt, p.nnz, kGrain, [&](int64_t begin, int64_t end) {
+      if (p.order)
+        for (int64_t e = begin; e < end; e++) copy[e] = to_float(values[p.order[e]]);
+      else
+        for (int64_t e = begin; e < end; e += W) store(copy + e, load(values + e, end - e), end - e);
+    });
+  return copy;
+}
+
+// acc[V] += values [n] times the lines of a tile at the columns `within` [n].
+template <int V>
+TILEWISE_INLINE void add_entries(VF (&acc)[V], const float* values, const uint8_t* within, int64_t n,
+                                 const float* tile) {
+  const auto add_entry = [&](int64_t e) {
+    const float* line = tile + int64_t{within[e]} * (V * W);
+    asm("" : "+r"(line));  // one register: loads that add an index do not fuse with the arithmetic
+    add_line(acc, values[e], line);
+  };
+  int64_t e = 0;
+  for (; e + 2 <= n; e += 2) {
+    add_entry(e);
+    add_entry(e + 1);
+  }
+  if (e < n) add_entry(e);
+}
+
+// What the hardware does not foresee: the next record's values, and this row's in the next tile.
+TILEWISE_INLINE void prefetch_values(const float* values, const CsrRecord& now, const CsrRecord& next) {
+  __builtin_prefetch(values + next.first, 0, 3);
+  __builtin_prefetch(values + next.first + next.count - 1, 0, 3);
+  __builtin_prefetch(values + now.first + now.count + 16, 0, 2);
 }
 
 // sums [row block, panel] = one row block of W times one panel of V vectors.
 template <int V>
-inline void csr_panel(const CsrTiles& tiles, const CsrEntries& entries, const float* panel, float* sums,
-                      int64_t block) {
+inline void csr_panel(const CsrTiles& tiles, const float* values, const float* panel, float* sums, int64_t block) {
   constexpr int64_t kWidth = V * W;
   for (int64_t i = 0; i < kCsrRowBlock * V; i++) store(sums + i * W, VF{});
   for (int64_t t = 0; t < tiles.across; t++) {
     const int32_t* ptr = tiles.tile_ptr + block * tiles.across + t;
+    const CsrRecord *record = tiles.records + ptr[0], *end = tiles.records + ptr[1];
     const float* lines = panel + t * tiles.tile * kWidth;
-    for (int32_t i = ptr[0]; i < ptr[1]; i++) {
-      const CsrRecord& r = tiles.records[i];
-      float* sum = sums + (r.row - block * kCsrRowBlock) * kWidth;
+    for (; record < end; record++) {
+      prefetch_values(values, record[0], record[record + 1 < end]);
+      float* sum = sums + (record->row - block * kCsrRowBlock) * kWidth;
       VF acc[V] = {};  // from zero in every tile: short chains of roundings
-      add_lines<V>(acc, entries.values + r.position, entries.offsets + r.position, r.count, lines);
+      add_entries(acc, values + record->first, tiles.within + record->position, record->count, lines);
 #pragma GCC unroll 8
       for (int j = 0; j < V; j++) store(sum + j * W, load(sum + j * W) + acc[j]);
     }
@@ -91,19 +94,19 @@ const char* csr_many_rows(const CsrForwardParams& p, const Runtime& rt) {
   const CsrTiles tiles(p.tiling, p.out, p.in);
   const Panels panels(rt, p.rows, kWidth, p.in, tiles.blocks);
   float* packed = scratch<float>(rt, 0, panels.per_chunk * p.in * kWidth + W);
-  const CsrEntries entries = {scratch<float>(rt, 1, p.nnz + W), scratch<uint32_t>(rt, 2, p.nnz + W)};
-  if (!packed || !entries.values || !entries.offsets) return kOutOfMemory;
-  if (!order_entries<T>(p, rt, tiles, entries, kWidth)) return kForeignPlan;
+  const float* values = float_values<T>(p, rt, 1);
+  if (!packed || (p.nnz && !values)) return kOutOfMemory;
   bool exhausted = false;
   for (int64_t first = 0; first < p.rows; first += panels.per_chunk * kWidth) {
     pack_panels(rt, panels, packed, static_cast<const T*>(p.x), p.x_stride, p.in, first);
-    parallel_for(rt, panels.in_chunk(first) * tiles.blocks, 1, [&](int64_t begin, int64_t end) {
-      float* sums = scratch<float>(rt, 3, kCsrRowBlock * kWidth);
+    const int64_t in_chunk = panels.in_chunk(first);
+    parallel_for(rt, in_chunk * tiles.blocks, 1, [&](int64_t begin, int64_t end) {
+      float* sums = scratch<float>(rt, 2, kCsrRowBlock * kWidth);
       if (!sums) __atomic_store_n(&exhausted, true, __ATOMIC_RELAXED);
       for (int64_t i = begin; sums && i < end; i++) {
-        const int64_t panel = i / tiles.blocks, block = i % tiles.blocks, o = block * kCsrRowBlock;
+        const int64_t panel = i % in_chunk, block = i / in_chunk, o = block * kCsrRowBlock;
         const int64_t row = first + panel * kWidth;
-        csr_panel<V>(tiles, entries, packed + panel * p.in * kWidth, sums, block);
+        csr_panel<V>(tiles, values, packed + panel * p.in * kWidth, sums, block);
         unpack_panel(static_cast<T*>(p.y) + row * p.out + o, p.out, sums, kWidth, panels.valid(row),
                      min_of<int64_t>(kCsrRowBlock, p.out - o), p.bias ? static_cast<const T*>(p.bias) + o : nullptr);
       }
@@ -186,6 +189,19 @@ const char* csr_forward(const CsrForwardParams& p, const Runtime& rt) {
 // ---- dvalues ----
 constexpr int64_t kCsrDotRows = 8 * W;
 
+// sums at a record's entries (+)= the products of a line of dy with the entries' lines of a tile of x.
+inline void dot_record(const CsrTiles& tiles, const CsrRecord& r, const float* line, const float* lines, int64_t width,
+                       int64_t vectors, float* sums, bool add) {
+  for (int32_t e = 0; e < r.count; e += kDots) {
+    const int64_t n = min_of<int64_t>(kDots, r.count - e);
+    uint32_t offsets[kDots] = {};
+    for (int64_t i = 0; i < n; i++) offsets[i] = tiles.within[r.position + e + i] * uint32_t(width);
+    float* sum = sums + r.first + e;
+    const VF dots = dot_lines(line, vectors, offsets, lines);
+    store(sum, add ? dots + load(sum, n) : dots, n);
+  }
+}
+
 template <class T>
 const char* csr_grad_values(const CsrGradValuesParams& p, const Runtime& rt) {
   const CsrTiles tiles(p.tiling, p.out, p.in);
@@ -198,27 +214,22 @@ const char* csr_grad_values(const CsrGradValuesParams& p, const Runtime& rt) {
   float* x = scratch<float>(rt, 1, p.in * width);
   float* sums = sizeof(T) == 4 ? static_cast<float*>(p.dvalues) : scratch<float>(rt, 2, p.nnz);
   if (!dy || !x || !sums) return kOutOfMemory;
-  bool ok = true;
-  for (int64_t first = 0; ok && first < p.rows; first += width) {
+  for (int64_t first = 0; first < p.rows; first += width) {
     const int64_t rows = min_of(width, p.rows - first), vectors = ceil_div(rows, W);
     const Panels panel(rt, rows, width, 0, 1);
     pack_panels(rt, panel, dy, static_cast<const T*>(p.dy) + first * p.dy_stride, p.dy_stride, p.out, 0);
     pack_panels(rt, panel, x, static_cast<const T*>(p.x) + first * p.x_stride, p.x_stride, p.in, 0);
-    ok = for_each_record(rt, tiles, [&](int64_t t, const CsrRecord& r) {
-      for (int32_t e = 0; e < r.count; e += kDots) {
-        const int64_t n = min_of<int64_t>(kDots, r.count - e);
-        uint32_t offsets[kDots] = {};
-        if (!tile_offsets(offsets, p.col + r.first + e, n, t * tiles.tile, tiles.tile, width)) return false;
-        float* sum = sums + r.first + e;
-        const VF dots = dot_lines(dy + r.row * width, vectors, offsets, x + t * tiles.tile * width);
-        store(sum, first ? dots + load(sum, n) : dots, n);
+    parallel_for(rt, tiles.blocks * tiles.across, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; i++) {
+        const float* lines = x + i % tiles.across * tiles.tile * width;
+        for (int32_t r = tiles.tile_ptr[i]; r < tiles.tile_ptr[i + 1]; r++)
+          dot_record(tiles, tiles.records[r], dy + tiles.records[r].row * width, lines, width, vectors, sums, first);
       }
-      return true;
     });
   }
   if constexpr (sizeof(T) != 4)
     for (int64_t i = 0; i < p.nnz; i += W) store(static_cast<T*>(p.dvalues) + i, load(sums + i, p.nnz - i), p.nnz - i);
-  return ok ? nullptr : kForeignPlan;
+  return nullptr;
 }
 
 const char* csr_grad_values(const CsrGradValuesParams& p, const Runtime& rt) {

@@ -78,14 +78,14 @@ inline void pack_panel(float* dst, int64_t width, const T* src, int64_t stride, 
   }
 }
 
-// dst [count, stride] = the transpose of src [n, width] plus the bias [n].
+// dst [count, stride] = the transpose of src [n, width] plus the bias [n]. Along the rows of dst: few pages at a time.
 template <class T>
 inline void unpack_panel(T* dst, int64_t stride, const float* src, int64_t width, int64_t count, int64_t n,
                          const T* bias) {
-  for (int64_t o = 0; o < n; o += W) {
-    const int64_t valid = n - o;
-    const VF add = bias ? load(bias + o, valid) : VF{};
-    for (int64_t b = 0; b < count; b += W) {
+  for (int64_t b = 0; b < count; b += W) {
+    for (int64_t o = 0; o < n; o += W) {
+      const int64_t valid = n - o;
+      const VF add = bias ? load(bias + o, valid) : VF{};
       VF r[W];
 #pragma GCC unroll 16
       for (int i = 0; i < W; i++) r[i] = i < valid ? load(src + (o + i) * width + b) : VF{};
@@ -133,15 +133,18 @@ inline void pack_panels(const Runtime& rt, const Panels& panels, float* dst, con
   });
 }
 
+// acc[V] += a value times a line of V vectors.
+template <int V>
+TILEWISE_INLINE void add_line(VF (&acc)[V], float value, const float* line) {
+  const VF v = set1(value);
+#pragma GCC unroll 8
+  for (int j = 0; j < V; j++) acc[j] += v * load(line + j * W);
+}
+
 // acc[V] += values [n] times the lines of b at `offsets` [n].
 template <int V>
 TILEWISE_INLINE void add_lines(VF (&acc)[V], const float* values, const uint32_t* offsets, int64_t n, const float* b) {
-  for (int64_t e = 0; e < n; e++) {
-    const VF v = set1(values[e]);
-    const float* line = b + offsets[e];
-#pragma GCC unroll 8
-    for (int j = 0; j < V; j++) acc[j] += v * load(line + j * W);
-  }
+  for (int64_t e = 0; e < n; e++) add_line(acc, values[e], b + offsets[e]);
 }
 
 // out[e] (+)= the products of a line of `vectors` vectors with the lines of b at offsets[e].

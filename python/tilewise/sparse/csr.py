@@ -132,9 +132,9 @@ def _tile_columns(nnz: int, out: int, columns: int) -> int:
     return 64 if density > 0.125 else 128 if density > 0.07 else 256
 
 
-def _csr_plan(rows, cols, tile, out, columns) -> tuple[torch.Tensor, torch.Tensor]:
-    """tile_ptr and records of tilewise/sparse.h: one record per run of a row's entries within a tile of columns; a
-    tile's records in rising order of length."""
+def _csr_plan(rows, cols, tile, out, columns) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """tile_ptr, records and within of tilewise/sparse.h: one record per run of a row's entries within a tile of
+    columns; a tile's records in rising order of length."""
     across = -(-columns // tile)
     tiles = -(-out // _ROW_BLOCK) * across
     run = rows * across + cols // tile
@@ -144,6 +144,8 @@ def _csr_plan(rows, cols, tile, out, columns) -> tuple[torch.Tensor, torch.Tenso
     where = row // _ROW_BLOCK * across + run % max(across, 1)
     order = (where * (tile + 1) + count).argsort(stable=True)
     row, first, count, where = row[order], first[order], count[order], where[order]
-    records = torch.stack([row, first, count, count.cumsum(0) - count], dim=1).to(torch.int32)
+    position = count.cumsum(0) - count
+    entries = (first - position).repeat_interleave(count) + torch.arange(cols.shape[0], device=cols.device)
+    records = torch.stack([row, first, count, position], dim=1).to(torch.int32)
     tile_ptr = torch.searchsorted(where, torch.arange(tiles + 1, device=where.device))
-    return tile_ptr.to(torch.int32), records
+    return tile_ptr.to(torch.int32), records, (cols % tile)[entries].to(torch.uint8)

@@ -78,21 +78,21 @@ register_autograd("nm_linear", _nm_backward, _save_nm)
 
 def _csr_linear(x, values, bias, matrix, transposed, columns, tile):
     y = x.new_empty(_size(x, 0), max(_size(matrix[0], 0) - 1, 0))
-    order = matrix[4] if len(matrix) > 4 else None
-    crow, col, tile_ptr, records = matrix[:4]
-    _C.csr_linear(x, values, crow, col, columns, tile, tile_ptr, records, order, bias, y)
+    order = matrix[5] if len(matrix) > 5 else None
+    crow, col, *plan = matrix[:5]
+    _C.csr_linear(x, values, crow, col, columns, tile, *plan, order, bias, y)
     return y
 
 
 def _csr_linear_dvalues(dy, x, matrix, tile):
-    crow, col, tile_ptr, records = matrix
+    crow, col, *plan = matrix
     dvalues = dy.new_empty(_size(col, 0))
-    _C.csr_linear_dvalues(dy, x, crow, col, _size(x, 1), tile, tile_ptr, records, dvalues)
+    _C.csr_linear_dvalues(dy, x, crow, col, _size(x, 1), tile, *plan, dvalues)
     return dvalues
 
 
-# matrix = [crow, col, tile_ptr, records], transposed = the same of W^T and the order of its values, or nothing where no
-# gradient of x is asked for.
+# matrix = [crow, col, tile_ptr, records, within], transposed = the same of W^T and the order of its values, or nothing
+# where no gradient of x is asked for.
 csr_linear_op = register(
     "csr_linear(Tensor x, Tensor values, Tensor? bias, Tensor[] matrix, Tensor[] transposed, int columns, int tile)"
     " -> Tensor",
@@ -113,7 +113,7 @@ def _save_csr(ctx, inputs, output):
 
 def _csr_backward(ctx, dy):
     x, values, *structure = ctx.saved_tensors
-    matrix, transposed = structure[:4], structure[4:]
+    matrix, transposed = structure[:5], structure[5:]
     dy = dy.contiguous()
     needs_x, needs_values, needs_bias, *_ = ctx.needs_input_grad
     out = matrix[0].shape[0] - 1
