@@ -56,7 +56,7 @@ struct CsrForwardParams {
   const void* values;    // [nnz]
   const int32_t* crow;   // [out + 1]
   const int32_t* col;    // [nnz]
-  const int64_t* order;  // [nnz], or null: values[order[e]] belongs to entry e
+  const int32_t* order;  // [nnz], or null: values[order[e]] belongs to entry e
   const void* bias;      // [out], or null
   void* y;               // [rows, out]
   CsrTiling tiling;

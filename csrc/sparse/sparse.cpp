@@ -237,13 +237,12 @@ void csr_linear(const Tensor& x, const Tensor& values, const CsrMatrix& matrix, 
   check_csr(check, matrix, nnz, x, "x", rows > kFewCsrRows);
   const int64_t out = matrix.crow.shape[0] - 1;
   if (order) {
-    check.dtype(*order, "weight.order", {DType::i64});
+    check.dtype(*order, "weight.order", {DType::i32});
     check.shape(*order, "weight.order", {nnz});
     check.same_device(*order, "weight.order", x, "x");
     check.contiguous(*order, "weight.order");
-    bool ok = true;
-    for (int64_t i = 0; i < nnz; i++) ok &= order->ptr<uint64_t>()[i] < static_cast<uint64_t>(nnz);
-    check.that(ok, "weight.order", "holds an index out of range, expected 0 <= index < %ld", static_cast<long>(nnz));
+    check.that(indices_below(order->ptr<int32_t>(), nnz, nnz), "weight.order",
+               "holds an index out of range, expected 0 <= index < %ld", static_cast<long>(nnz));
   }
   if (bias) check_dense(check, *bias, "bias", {out}, x, "x");
   check_output(check, y, "y", {rows, out}, x, "x");
@@ -252,7 +251,7 @@ void csr_linear(const Tensor& x, const Tensor& values, const CsrMatrix& matrix, 
                                    values.data,
                                    matrix.crow.ptr<int32_t>(),
                                    matrix.col.ptr<int32_t>(),
-                                   order ? order->ptr<int64_t>() : nullptr,
+                                   order ? order->ptr<int32_t>() : nullptr,
                                    bias ? bias->data : nullptr,
                                    y.data,
                                    tiling_of(matrix),

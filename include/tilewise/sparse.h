@@ -39,7 +39,7 @@ struct CsrMatrix {
 };
 constexpr int kCsrRows = 128;
 
-// `order` i64[Z] (null: as they stand) says which value belongs to which entry: so the transposed matrix shares values.
+// `order` i32[Z] (null: as they stand) says which value belongs to which entry: so the transposed matrix shares values.
 void csr_linear(const Tensor& x, const Tensor& values, const CsrMatrix& matrix, const Tensor* order, const Tensor* bias,
                 const Tensor& y, void* stream = nullptr);
 // dvalues [Z] = the entries of dy^T x

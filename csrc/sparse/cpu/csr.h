@@ -61,11 +61,12 @@ TILEWISE_INLINE void add_entries(VF (&acc)[V], const float* values, const uint8_
   if (e < n) add_entry(e);
 }
 
-// What the hardware does not foresee: the next record's values, and this row's in the next tile.
-TILEWISE_INLINE void prefetch_values(const float* values, const CsrRecord& now, const CsrRecord& next) {
-  __builtin_prefetch(values + next.first, 0, 3);
-  __builtin_prefetch(values + next.first + next.count - 1, 0, 3);
-  __builtin_prefetch(values + now.first + now.count + 16, 0, 2);
+// What the hardware does not foresee of an array in the order of the entries: the next record's part, and this row's in
+// the next tile.
+TILEWISE_INLINE void prefetch_entries(const float* entries, const CsrRecord& now, const CsrRecord& next) {
+  __builtin_prefetch(entries + next.first, 0, 3);
+  __builtin_prefetch(entries + next.first + next.count - 1, 0, 3);
+  __builtin_prefetch(entries + now.first + now.count + 16, 0, 2);
 }
 
 // sums [row block, panel] = one row block of W times one panel of V vectors.
@@ -78,7 +79,7 @@ inline void csr_panel(const CsrTiles& tiles, const float* values, const float* p
     const CsrRecord *record = tiles.records + ptr[0], *end = tiles.records + ptr[1];
     const float* lines = panel + t * tiles.tile * kWidth;
     for (; record < end; record++) {
-      prefetch_values(values, record[0], record[record + 1 < end]);
+      prefetch_entries(values, record[0], record[record + 1 < end]);
       float* sum = sums + (record->row - block * kCsrRowBlock) * kWidth;
       VF acc[V] = {};  // from zero in every tile: short chains of roundings
       add_entries(acc, values + record->first, tiles.within + record->position, record->count, lines);
@@ -189,16 +190,33 @@ const char* csr_forward(const CsrForwardParams& p, const Runtime& rt) {
 // ---- dvalues ----
 constexpr int64_t kCsrDotRows = 8 * W;
 
-// sums at a record's entries (+)= the products of a line of dy with the entries' lines of a tile of x.
-inline void dot_record(const CsrTiles& tiles, const CsrRecord& r, const float* line, const float* lines, int64_t width,
-                       int64_t vectors, float* sums, bool add) {
-  for (int32_t e = 0; e < r.count; e += kDots) {
-    const int64_t n = min_of<int64_t>(kDots, r.count - e);
-    uint32_t offsets[kDots] = {};
-    for (int64_t i = 0; i < n; i++) offsets[i] = tiles.within[r.position + e + i] * uint32_t(width);
-    float* sum = sums + r.first + e;
-    const VF dots = dot_lines(line, vectors, offsets, lines);
-    store(sum, add ? dots + load(sum, n) : dots, n);
+// sums [n] (+)= the products of a line of dy with a tile's lines of x at the columns `within` [n], n at most N.
+template <int N>
+TILEWISE_INLINE void dot_entries(float* sums, const uint8_t* within, int64_t n, const float* line, int64_t vectors,
+                                 const float* tile, int64_t width, bool add) {
+  uint32_t offsets[N] = {};
+  for (int64_t i = 0; i < n; i++) offsets[i] = within[i] * uint32_t(width);
+  const VF dots = dot_lines<N>(line, vectors, offsets, tile);
+  store(sums, add ? dots + load(sums, n) : dots, n);
+}
+
+// One tile of W: sums [nnz] (+)= its entries of dy^T x.
+inline void dot_tile(const CsrTiles& tiles, int64_t tile, const float* dy, const float* x, int64_t width,
+                     int64_t vectors, float* sums, bool add) {
+  const CsrRecord *record = tiles.records + tiles.tile_ptr[tile], *end = tiles.records + tiles.tile_ptr[tile + 1];
+  const float* lines = x + tile % tiles.across * tiles.tile * width;
+  for (; record < end; record++) {
+    prefetch_entries(sums, record[0], record[record + 1 < end]);
+    const float* line = dy + record->row * width;
+    float* sum = sums + record->first;
+    const uint8_t* within = tiles.within + record->position;
+    int64_t e = 0;
+    for (const int64_t n = record->count; e < n; e += kDots) {
+      if (n - e > kDots / 2)
+        dot_entries<kDots>(sum + e, within + e, min_of<int64_t>(kDots, n - e), line, vectors, lines, width, add);
+      else
+        dot_entries<kDots / 2>(sum + e, within + e, n - e, line, vectors, lines, width, add);
+    }
   }
 }
 
@@ -220,11 +238,7 @@ const char* csr_grad_values(const CsrGradValuesParams& p, const Runtime& rt) {
     pack_panels(rt, panel, dy, static_cast<const T*>(p.dy) + first * p.dy_stride, p.dy_stride, p.out, 0);
     pack_panels(rt, panel, x, static_cast<const T*>(p.x) + first * p.x_stride, p.x_stride, p.in, 0);
     parallel_for(rt, tiles.blocks * tiles.across, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; i++) {
-        const float* lines = x + i % tiles.across * tiles.tile * width;
-        for (int32_t r = tiles.tile_ptr[i]; r < tiles.tile_ptr[i + 1]; r++)
-          dot_record(tiles, tiles.records[r], dy + tiles.records[r].row * width, lines, width, vectors, sums, first);
-      }
+      for (int64_t i = begin; i < end; i++) dot_tile(tiles, i, dy, x, width, vectors, sums, first);
     });
   }
   if constexpr (sizeof(T) != 4)

@@ -147,16 +147,17 @@ TILEWISE_INLINE void add_lines(VF (&acc)[V], const float* values, const uint32_t
   for (int64_t e = 0; e < n; e++) add_line(acc, values[e], b + offsets[e]);
 }
 
-// out[e] (+)= the products of a line of `vectors` vectors with the lines of b at offsets[e].
+// Lane e of the result is the product of a line of `vectors` vectors with the line of b at offsets[e]; N at most W.
 constexpr int kDots = W < 8 ? W : 8;
+template <int N = kDots>
 TILEWISE_INLINE VF dot_lines(const float* line, int64_t vectors, const uint32_t* offsets, const float* b) {
-  VF acc[kDots] = {};
+  VF acc[N] = {};
   for (int64_t j = 0; j < vectors; j++) {
     const VF d = load(line + j * W);
 #pragma GCC unroll 8
-    for (int e = 0; e < kDots; e++) acc[e] += d * load(b + offsets[e] + j * W);
+    for (int e = 0; e < N; e++) acc[e] += d * load(b + offsets[e] + j * W);
   }
-  return sum_each<kDots>(acc);
+  return sum_each<N>(acc);
 }
 
 }  // namespace

@@ -112,7 +112,7 @@ class CSR(CompressedWeight):
             counts = torch.bincount(rows, minlength=self.shape[1])
             crow = torch.nn.functional.pad(counts.cumsum(0), (1, 0)).to(torch.int32)
             plan = _csr_plan(rows, cols, self._tile, self.shape[1], self.shape[0])
-            self._plans["transposed"] = [crow, cols.to(torch.int32), *plan, order]
+            self._plans["transposed"] = [crow, cols.to(torch.int32), *plan, order.to(torch.int32)]
         return self._plans["transposed"]
 
     def _linear(self, x, bias):
