@@ -7,12 +7,14 @@ import tilewise as tw
 from sparse_cases import DTYPES, assert_matches_dense, problem
 from tilewise.reference import sparse as reference
 
-# Rows, inputs, outputs, density: every tile width, empty rows and columns, tails, one entry, everything kept.
+# Rows, inputs, outputs, density: every width of tiles and panels, empty rows and columns, tails, one entry, all kept.
 SHAPES = [
     (1, 1, 1, 1.0),
+    (2, 300, 140, 0.2),
     (3, 9, 5, 0.5),
-    (8, 300, 140, 0.2),
+    (12, 300, 140, 0.2),
     (33, 300, 140, 0.2),
+    (100, 300, 140, 0.2),
     (130, 700, 150, 0.1),
     (70, 600, 260, 0.04),
     (40, 65, 129, 1.0),

@@ -7,7 +7,7 @@ namespace tilewise::sparse {
 enum class Type : int { f32, bf16, f16 };
 
 constexpr int kCsrRowBlock = 128;
-constexpr int64_t kFewCsrRows = 8;  // up to here the plan is not used
+constexpr int64_t kFewCsrRows = 2;  // up to here the plan is not used
 
 struct NmForwardParams {
   const void* x;           // [rows, in]

@@ -171,8 +171,6 @@ const char* csr_few_rows(const CsrForwardParams& p, const Runtime& rt) {
       x[r * p.in + k] = r < p.rows ? to_float(static_cast<const T*>(p.x)[r * p.x_stride + k]) : 0.f;
   const int64_t grain = max_of<int64_t>(1, 16384 * p.out / max_of<int64_t>(p.nnz, 1));
   parallel_for(rt, p.out, grain, [&](int64_t begin, int64_t end) {
-    if (p.rows > 4) return csr_dots<T, 8>(p, x, begin, end);
-    if (p.rows > 2) return csr_dots<T, 4>(p, x, begin, end);
     if (p.rows > 1) return csr_dots<T, 2>(p, x, begin, end);
     csr_dots<T, 1>(p, x, begin, end);
   });
@@ -183,7 +181,9 @@ const char* csr_forward(const CsrForwardParams& p, const Runtime& rt) {
   return with_type(p.type, [&](auto t) {
     using T = decltype(t);
     if (p.rows <= kFewCsrRows) return csr_few_rows<T>(p, rt);
-    return p.tiling.tile <= 64 ? csr_many_rows<T, 8>(p, rt) : csr_many_rows<T, 4>(p, rt);
+    if (p.rows > 4 * W && p.tiling.tile <= 64) return csr_many_rows<T, 8>(p, rt);
+    if (p.rows > 2 * W) return csr_many_rows<T, 4>(p, rt);
+    return p.rows > W ? csr_many_rows<T, 2>(p, rt) : csr_many_rows<T, 1>(p, rt);
   });
 }
 
