@@ -75,5 +75,6 @@ def cases(device: torch.device) -> list[Case]:
     if device.type == "cpu":
         for sparsity, target in CSR_TARGETS.items():
             found += _csr_cases(device, sparsity, target, *CSR_SHAPE)
+        found += _csr_cases(device, 0.8, None, 16, *CSR_SHAPE[1:])
         found += _csr_cases(device, 0.9, None, 1, 4096, 4096)
     return found
