@@ -76,6 +76,26 @@ def test_values_may_change_in_place(device):
 
 
 @on_cpu
+def test_foreign_plan(device):
+    """The kernels follow the plan as it stands, so no column beyond the last, narrower tile, no order too large."""
+    weight = tw.CSR.from_dense(torch.randn(9, 70))
+    x, dy, tile = torch.randn(20, 70), torch.randn(20, 9), weight._tile
+    *matrix, within = weight._matrix()
+    assert tile == 64 and int(within.max()) == 63 and int(within[-1]) < 6
+    for bad, error in ((within.clone(), ValueError), (within[1:].clone(), ValueError), (within.int(), TypeError)):
+        bad[-1] = 6
+        with pytest.raises(error, match="weight.plan"):
+            torch.ops.tilewise.csr_linear(x, weight.values, None, [*matrix, bad], [], 70, tile)
+        with pytest.raises(error, match="weight.plan"):
+            torch.ops.tilewise.csr_linear_dvalues(dy, x, [*matrix, bad], tile)
+    *transposed, order = weight._transposed()
+    with pytest.raises(ValueError, match="weight.order"):
+        torch.ops.tilewise.csr_linear(dy, weight.values, None, [*transposed, order + 1], [], 9, tile)
+    with pytest.raises(TypeError, match="weight.order"):
+        torch.ops.tilewise.csr_linear(dy, weight.values, None, [*transposed, order.long()], [], 9, tile)
+
+
+@on_cpu
 def test_matmul_and_storage(device):
     w = torch.randn(6, 10) * (torch.rand(6, 10) < 0.4)
     weight = tw.CSR.from_dense(w)
