@@ -36,7 +36,7 @@ if pretend:
 _CSRC = Path(__file__).parents[1] / "csrc"
 _FAMILIES_OF = {
     "amx": tuple(p.parts[-3] for p in _CSRC.glob("*/cpu/amx.cpp")),
-    "amx_fp16": ("speculative", "attention_paged", "attention_half"),  # and fp16 in all of attention
+    "amx_fp16": ("speculative", "attention_paged", "attention_half"),  # and fp16 in all of attention and sparse
     "sm90": tuple(p.parts[-3] for p in _CSRC.glob("*/cuda/*_sm90.cu")),
 }
 _EMULATED = {"sm80": 800, "sm90": 901}
@@ -152,7 +152,7 @@ def _wanted(item):
     own = _FAMILIES_OF.get(device.isa) if device else None
     name = item.path.stem.removeprefix("test_")
     half = device and device.isa == "amx_fp16" and any(p is torch.float16 for p in params.values())
-    if own is not None and not name.startswith(own) and not (half and name.startswith("attention")):
+    if own is not None and not name.startswith(own) and not (half and name.startswith(("attention", "sparse"))):
         return False
     return MODE == "plain" or bool(device and item.get_closest_marker("modes"))
 

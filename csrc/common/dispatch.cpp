@@ -25,12 +25,12 @@ constexpr const char* kIsaNames[kIsaCount] = {"generic", "avx2", "avx512", "amx"
 // Asked of the processor itself: not every compiler knows the features' names.
 bool may_use_tiles() {
 #if defined(__x86_64__) && defined(SYS_arch_prctl)
-  constexpr unsigned kAvx512Bf16 = 1u << 5, kGfni = 1u << 8, kAvx512Vnni = 1u << 11;
-  constexpr unsigned kAmx = 1u << 22 | 1u << 24 | 1u << 25;  // bf16, tiles, bytes
+  constexpr unsigned kAvx512Bf16 = 1u << 5;
+  constexpr unsigned kVectors = 1u << 6 | 1u << 8 | 1u << 11;  // AVX-512 VBMI2, GFNI, AVX-512 VNNI
+  constexpr unsigned kAmx = 1u << 22 | 1u << 24 | 1u << 25;    // bf16, tiles, bytes
   constexpr int kRequestPermission = 0x1023, kTileData = 18;
   unsigned a = 0, b = 0, c = 0, d = 0;
-  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(c & kGfni) || !(c & kAvx512Vnni) || (d & kAmx) != kAmx)
-    return false;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (c & kVectors) != kVectors || (d & kAmx) != kAmx) return false;
   if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || !(a & kAvx512Bf16)) return false;
   static const bool granted = syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
   return granted;
