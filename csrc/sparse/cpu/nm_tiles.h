@@ -37,59 +37,49 @@ struct Weights {
   explicit Weights(const Params& p)
       : values(static_cast<const Bf16*>(p.values)), indices(p.indices), out(p.out), in(p.in) {}
 
-  // Rows as those of a left operand: 64 of them at most, terms [step, step + steps).
-  void expand_rows(Packed* to, const TileLayout<1>& layout, int64_t first, int64_t rows, int64_t step,
-                   int64_t steps) const {
-    constexpr int64_t kChunk = 64 / 4;  // steps whose indices are one vector
-    for (int64_t i = 0; i < rows; i++) {
-      const Bf16* v = values + (first + i) * (in / 2);
-      const uint8_t* bytes = indices + (first + i) * ceil_div(in, 8);
-      Packed* row = to + layout.at(i / kTileRows, 0, 0) + i % kTileRows * kTileDepth;
-      for (int64_t k = 0; k < steps; k += kChunk) {
-        const int64_t at = step + k, chunk = min_of(kChunk, steps - k), left = ceil_div(in, 8) - 4 * at;
-        alignas(64) uint32_t bits[kChunk];
-        const __mmask64 there = left >= 64 ? ~0ull : (1ull << left) - 1;
-        _mm512_store_si512(bits, kept_bits(_mm512_maskz_loadu_epi8(there, bytes + 4 * at)));
-        for (int64_t s = 0; s < chunk; s++)
-          _mm512_store_si512(row + (k + s) * kTileSize,
-                             expand(v + kTileRows * (at + s), in / 2 - kTileRows * (at + s), bits[s]));
-      }
+  // Rows as those of a left operand: part by part, 16 steps of one row.
+  static constexpr int kRowSteps = 64 / (kTileDepth / 8);  // whose indices are one vector
+
+  int64_t row_parts(int64_t first, int64_t steps) const {
+    return round_up(min_of<int64_t>(kPanel, out - first), kPair) * ceil_div(steps, kRowSteps);
+  }
+  TILEWISE_INLINE void expand_row(Packed* to, const TileLayout<1>& layout, int64_t first, int64_t step,
+                                  int64_t part) const {
+    const int64_t chunks = ceil_div(layout.steps, kRowSteps), i = part / chunks, k = part % chunks * kRowSteps;
+    const int64_t count = min_of<int64_t>(kRowSteps, layout.steps - k), group = kTileDepth * (step + k) / 8;
+    const int64_t row = first + i, bytes = ceil_div(in, 8), left = bytes - group;
+    Packed* at = to + layout.at(i / kTileRows, 0, k) + i % kTileRows * kTileDepth;
+    if (row >= out) {
+      for (int64_t s = 0; s < count; s++) _mm512_store_si512(at + s * kTileSize, Halves{});
+      return;
     }
-    for (int64_t i = rows; i < round_up(rows, kPair); i++)
-      for (int64_t k = 0; k < steps; k++)
-        _mm512_store_si512(to + layout.at(i / kTileRows, 0, k) + i % kTileRows * kTileDepth, Halves{});
+    alignas(64) uint32_t bits[kRowSteps];
+    const __mmask64 there = left >= 64 ? ~0ull : (1ull << left) - 1;
+    _mm512_store_si512(bits, kept_bits(_mm512_maskz_loadu_epi8(there, indices + row * bytes + group)));
+    const Bf16* from = values + row * (in / 2) + 4 * group;
+    for (int64_t s = 0; s < count; s++)
+      _mm512_store_si512(at + s * kTileSize, expand(from + s * kTileRows, in / 2 - 4 * group - s * kTileRows, bits[s]));
   }
 
-  // Those of 64 inputs of a row, as far as there are any.
-  uint64_t indices_of(int64_t row, int64_t first) const {
-    const int64_t bytes = ceil_div(in, 8);
-    uint64_t eight = 0;
-    if (row >= out) return eight;
-    const uint8_t* at = indices + row * bytes + first / 8;
-    if (bytes - first / 8 >= 8)
-      __builtin_memcpy(&eight, at, 8);
-    else
-      __builtin_memcpy(&eight, at, bytes - first / 8);
-    return eight;
-  }
-
-  // Columns as those of a right operand, in the order of pack_row_pair(): 64 of them, terms are rows.
-  void expand_columns(Packed* to, const TileLayout<1>& layout, int64_t first, int64_t step, int64_t steps) const {
-    for (int64_t k = 0; k < steps; k++)
-      for (int64_t i = 0; i < kTileRows; i++) {
-        const int64_t row = (step + k) * kTileDepth + 2 * i;
-        const __m128i both = _mm_set_epi64x(int64_t(indices_of(row + 1, first)), int64_t(indices_of(row, first)));
-        alignas(64) uint32_t bits[16];
-        _mm512_store_si512(bits, kept_bits(_mm512_zextsi128_si512(both)));
-        for (int64_t c = 0; c < kPanel && first + c < in; c += kPair) {
-          Halves rows[2] = {};
-          for (int r = 0; r < 2 && row + r < out; r++)
-            rows[r] = expand(values + ((row + r) * in + first + c) / 2, (in - first - c) / 2, bits[2 * r + c / kPair]);
-          Packed* at = to + layout.at(c / kTileRows, 0, k) + i * kTileDepth;
-          _mm512_store_si512(at, _mm512_unpacklo_epi16(rows[0], rows[1]));
-          _mm512_store_si512(at + layout.tile_stride(), _mm512_unpackhi_epi16(rows[0], rows[1]));
-        }
-      }
+  // Columns as those of a right operand, in the order of pack_row_pair(): part by part, two rows of 64. Terms are rows.
+  int64_t column_parts(int64_t steps) const { return steps * kTileRows; }
+  TILEWISE_INLINE void expand_columns(Packed* to, const TileLayout<1>& layout, int64_t first, int64_t step,
+                                      int64_t part) const {
+    const int64_t row = step * kTileDepth + 2 * part, bytes = ceil_div(in, 8), left = bytes - first / 8;
+    const __mmask16 there = left >= 8 ? 0xff : (1u << left) - 1;
+    __m128i words[2] = {};
+    for (int r = 0; r < 2 && row + r < out; r++)
+      words[r] = _mm_maskz_loadu_epi8(there, indices + (row + r) * bytes + first / 8);
+    alignas(64) uint32_t bits[16];
+    _mm512_store_si512(bits, kept_bits(_mm512_zextsi128_si512(_mm_unpacklo_epi64(words[0], words[1]))));
+    Packed* at = to + part * kTileDepth;
+    for (int64_t c = 0; c < kPanel && first + c < in; c += kPair, at += 2 * layout.tile_stride()) {
+      Halves rows[2] = {};
+      for (int r = 0; r < 2 && row + r < out; r++)
+        rows[r] = expand(values + ((row + r) * in + first + c) / 2, (in - first - c) / 2, bits[2 * r + c / kPair]);
+      _mm512_store_si512(at, _mm512_unpacklo_epi16(rows[0], rows[1]));
+      _mm512_store_si512(at + layout.tile_stride(), _mm512_unpackhi_epi16(rows[0], rows[1]));
+    }
   }
 };
 
@@ -179,22 +169,26 @@ struct ForwardTiles {
     pack_right_transposed<Bf16>(
         to, layout, [&](int i) { return x + (first + i) * p.x_stride; }, count, kPair, static_cast<int>(p.in));
   }
-  void make(Packed* to, const TileLayout<1>& layout, int64_t first, int64_t step, int64_t steps) const {
-    weights.expand_rows(to, layout, first, min_of<int64_t>(kPanel, p.out - first), step, steps);
+  int64_t parts(int64_t first, int64_t steps) const { return weights.row_parts(first, steps); }
+  TILEWISE_INLINE void make(Packed* to, const TileLayout<1>& layout, int64_t first, int64_t step, int64_t part) const {
+    weights.expand_row(to, layout, first, step, part);
   }
-  void finish(const float* sums, int64_t o, int64_t row) const {
-    const int64_t outputs = p.out - o, rows = p.rows - row;
+  void expect(int64_t o, int64_t row, int part) const {
+    T* y = static_cast<T*>(p.y) + (row + 4 * part) * p.out + o;
+    for (int i = 0; i < 4; i++) __builtin_prefetch(y + i * p.out, 1);
+  }
+  TILEWISE_INLINE void finish(const float* sums, int64_t o, int64_t row, int part) const {
+    const int64_t outputs = p.out - o;
     const T* b = static_cast<const T*>(p.bias);
     const VF bias[2] = {b ? load_up_to(b + o, outputs) : VF{}, b ? load_up_to(b + o + W, outputs - W) : VF{}};
-    T* y = static_cast<T*>(p.y) + row * p.out + o;
-    for (int64_t c = 0; c < min_of<int64_t>(kPair, rows); c += 4) {
-      VF low[4], high[4];
-      load_columns([&](int i) { return sums + i * kPair; }, static_cast<int>(c / 4), low);
-      load_columns([&](int i) { return sums + (kTileRows + i) * kPair; }, static_cast<int>(c / 4), high);
+    VF low[4], high[4];
+    load_columns([&](int i) { return sums + i * kPair; }, part, low);
+    load_columns([&](int i) { return sums + (kTileRows + i) * kPair; }, part, high);
+    row += 4 * part;
 #pragma GCC unroll 4
-      for (int i = 0; i < 4; i++)
-        if (c + i < rows) store_rounded(y + (c + i) * p.out, low[i] + bias[0], high[i] + bias[1], outputs);
-    }
+    for (int i = 0; i < 4; i++)
+      if (row + i < p.rows)
+        store_rounded(static_cast<T*>(p.y) + (row + i) * p.out + o, low[i] + bias[0], high[i] + bias[1], outputs);
   }
 };
 
@@ -232,15 +226,19 @@ struct GradInputTiles {
     pack_left<Bf16>(
         to, layout, [&](int i) { return dy + (first + i) * p.dy_stride; }, count, kPair, static_cast<int>(p.out));
   }
-  void make(Packed* to, const TileLayout<1>& layout, int64_t first, int64_t step, int64_t steps) const {
-    weights.expand_columns(to, layout, first, step, steps);
+  int64_t parts(int64_t, int64_t steps) const { return weights.column_parts(steps); }
+  TILEWISE_INLINE void make(Packed* to, const TileLayout<1>& layout, int64_t first, int64_t step, int64_t part) const {
+    weights.expand_columns(to, layout, first, step, part);
   }
-  void finish(const float* sums, int64_t k, int64_t row) const {
-    T* dx = static_cast<T*>(p.dx) + row * p.in + k;
-    for (int64_t i = 0; i < min_of<int64_t>(kPair, p.rows - row); i++) {
+  void expect(int64_t k, int64_t row, int part) const {
+    T* dx = static_cast<T*>(p.dx) + (row + 4 * part) * p.in + k;
+    for (int i = 0; i < 4; i++) __builtin_prefetch(dx + i * p.in, 1);
+  }
+  TILEWISE_INLINE void finish(const float* sums, int64_t k, int64_t row, int part) const {
+    for (int i = 4 * part; i < 4 * part + 4 && row + i < p.rows; i++) {
       VF low = load(sums + i * kPair), high = load(sums + i * kPair + W);
       natural_columns<1>(low, high);
-      store_rounded(dx + i * p.in, low, high, p.in - k);
+      store_rounded(static_cast<T*>(p.dx) + (row + i) * p.in + k, low, high, p.in - k);
     }
   }
 };
@@ -287,18 +285,23 @@ struct GradValuesTiles {
       transpose_in_memory(reinterpret_cast<float*>(to + layout.tile_stride()));
     }
   }
-  void make(Packed* to, const TileLayout<1>& layout, int64_t first, int64_t step, int64_t steps) const {
+  int64_t parts(int64_t, int64_t steps) const { return steps * kTileRows; }
+  TILEWISE_INLINE void make(Packed* to, const TileLayout<1>& layout, int64_t first, int64_t step, int64_t part) const {
     const int width = static_cast<int>(min_of<int64_t>(kPanel, p.in - first));
-    for (int64_t k = 0; k < steps; k++)
-      for (int64_t i = 0; i < kTileRows; i++) {
-        const int64_t row = (step + k) * kTileDepth + 2 * i;
-        pack_row_pair(to + layout.at(0, 0, k) + i * kTileDepth, layout, row_of(p.x, p.x_stride, row, first),
-                      row_of(p.x, p.x_stride, row + 1, first), width);
-      }
+    const int64_t row = step * kTileDepth + 2 * part;
+    pack_row_pair(to + part * kTileDepth, layout, row_of(p.x, p.x_stride, row, first),
+                  row_of(p.x, p.x_stride, row + 1, first), width);
   }
-  void finish(const float* sums, int64_t k, int64_t o) const {
+  void expect(int64_t k, int64_t o, int part) const {
+    for (int i = 4 * part; i < 4 * part + 4; i++) {
+      const int64_t row = o + natural_column<1>(i);
+      __builtin_prefetch(static_cast<T*>(p.dvalues) + (row * p.in + k) / 2, 1);
+      __builtin_prefetch(p.indices + row * ceil_div(p.in, 8) + k / 8);
+    }
+  }
+  TILEWISE_INLINE void finish(const float* sums, int64_t k, int64_t o, int part) const {
     const int64_t bytes = min_of<int64_t>(kPair / 8, ceil_div(p.in - k, 8)), kept = min_of<int64_t>(W, (p.in - k) / 2);
-    for (int i = 0; i < kPair; i++) {
+    for (int i = 4 * part; i < 4 * part + 4; i++) {
       const int64_t row = o + natural_column<1>(i);
       if (row >= p.out) continue;
       VF low = load(sums + i * kPair), high = load(sums + i * kPair + W);
