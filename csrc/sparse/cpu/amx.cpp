@@ -13,7 +13,7 @@ const char* on_tiles(const Params& p, const Runtime& rt, bool serves, KernelFn<P
 }
 
 const char* nm_forward_on_tiles(const NmForwardParams& p, const Runtime& rt) {
-  return on_tiles(p, rt, p.in > 0, &nm_forward, [&](auto element, auto products) {
+  return on_tiles(p, rt, p.in > 0 && p.rows > kLookUpRows, &nm_forward, [&](auto element, auto products) {
     return nm_forward_tiles<decltype(element), decltype(products)>(p, rt);
   });
 }

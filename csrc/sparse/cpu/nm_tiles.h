@@ -61,6 +61,13 @@ struct Weights {
       _mm512_store_si512(at + s * kTileSize, expand(from + s * kTileRows, in / 2 - 4 * group - s * kTileRows, bits[s]));
   }
 
+  // Asks the second-level cache for what a row has in these steps: 64 rows are more streams than hardware follows.
+  TILEWISE_INLINE void ask(int64_t row, int64_t step, int64_t steps) const {
+    const Bf16* from = values + row * (in / 2) + step * kTileRows;
+    for (int64_t i = 0; i < steps * kTileRows; i += 32) __builtin_prefetch(from + i, 0, 2);
+    __builtin_prefetch(indices + row * ceil_div(in, 8) + step * (kTileDepth / 8), 0, 2);
+  }
+
   // Columns as those of a right operand, in the order of pack_row_pair(): part by part, two rows of 64. Terms are rows.
   int64_t column_parts(int64_t steps) const { return steps * kTileRows; }
   TILEWISE_INLINE void expand_columns(Packed* to, const TileLayout<1>& layout, int64_t first, int64_t step,
@@ -192,11 +199,86 @@ struct ForwardTiles {
   }
 };
 
+// Up to 32 rows of x, one or two columns of tiles: bound by the bytes of weights. Those of 64 or 32 outputs are
+// expanded a few steps at a time and multiplied from the first-level cache; their sums stay in tiles over all terms.
+constexpr int64_t kLookUpRows = 2;  // up to here vectors are faster
+constexpr int64_t kFewSteps = 8;
+
+template <class Products>
+TILEWISE_INLINE void multiply_column(const TileRun& left, const TileRun& right, int k) {
+  const Packed* a = left.first + k * kTileSize;
+  load_tile<4>(right.first + k * kTileSize, 64);
+  load_tile<5>(a, 64);
+  Products::template multiply<0, 5, 4>();
+  load_tile<6>(a + left.tile_stride, 64);
+  Products::template multiply<1, 6, 4>();
+  load_tile<7>(a + 2 * left.tile_stride, 64);
+  Products::template multiply<2, 7, 4>();
+  load_tile<5>(a + 3 * left.tile_stride, 64);
+  Products::template multiply<3, 5, 4>();
+}
+
+inline void end_column(float* sums) {
+  constexpr int64_t kRowBytes = kPair * sizeof(float);
+  store_tile<0>(sums, kRowBytes);
+  store_tile<1>(sums + kSquare / 2, kRowBytes);
+  store_tile<2>(sums + kSquare, kRowBytes);
+  store_tile<3>(sums + kSquare / 2 * 3, kRowBytes);
+}
+
+template <class T, class Products, int Columns>
+void few_outputs(const ForwardTiles<T>& job, const TileRun& x, int64_t steps, int64_t first) {
+  constexpr int kOutputs = kPanel / Columns;
+  alignas(64) Packed made[kFewSteps * kOutputs * kTileDepth];
+  alignas(64) float sums[2 * kSquare];  // of one column of tiles, the left halves of squares
+  begin_tiles<2, 2>(sums, kPair, false);
+  for (int64_t step = 0; step < steps; step += kFewSteps) {
+    const TileLayout<1> layout{int(min_of(kFewSteps, steps - step))};
+    const bool ends = step + kFewSteps >= steps;
+    for (int64_t row = 0; row < kOutputs; row++) {
+      job.weights.ask(first + row + (ends ? kOutputs : 0), ends ? 0 : step + kFewSteps, kFewSteps);
+      job.make(made, layout, first, step, row);
+    }
+    for (int k = 0; k < layout.steps; k++) {
+      const TileRun right = {x.first + step * kTileSize, 0, x.tile_stride};
+      if constexpr (Columns == 1)
+        multiply_column<Products>(run_of(made, layout, 0), right, k);
+      else
+        multiply_step<1, 2, 2, Products>(run_of(made, layout, 0), right, k);
+    }
+  }
+  if constexpr (Columns == 1)
+    end_column(sums);
+  else
+    end_tiles<2, 2>(sums, kPair);
+  for (int64_t o = 0; o < min_of<int64_t>(kOutputs, job.p.out - first); o += kPair)
+    for (int part = 0; part < kFinishParts / 2 * Columns; part++)
+      job.finish(sums + o / kPair * kSquare, first + o, 0, part);
+}
+
+template <class T, class Products, int Columns>
+const char* few_rows_on_tiles(const ForwardTiles<T>& job, const Runtime& rt) {
+  const TileLayout<1> layout{int(ceil_div(job.p.in, kTileDepth))};
+  Packed* x = scratch<Packed>(rt, kHeldSlot, layout.at(2, 0, 0));
+  if (!x) return kOutOfMemory;
+  job.pack(x, layout, 0);
+  const int64_t outputs = kPanel / Columns, grain = max_of<int64_t>(1, (32 << 10) / (layout.steps * kTileDepth));
+  parallel_for(rt, ceil_div(job.p.out, outputs), grain, [&](int64_t begin, int64_t end) {
+    const TileScope scope;
+    for (int64_t i = begin; i < end; i++)
+      few_outputs<T, Products, Columns>(job, run_of(x, layout, 0), layout.steps, i * outputs);
+  });
+  return nullptr;
+}
+
 template <class T, class Products>
 const char* nm_forward_tiles(const NmForwardParams& p, const Runtime& rt) {
   const RedoRows redo(rt, p.rows);
   if (!redo.words) return kOutOfMemory;
-  const char* why = multiply_in_blocks<Products>(rt, ForwardTiles<T>{p, redo});
+  const ForwardTiles<T> job{p, redo};
+  const char* why = p.rows <= kTileRows ? few_rows_on_tiles<T, Products, 1>(job, rt)
+                    : p.rows <= kPair   ? few_rows_on_tiles<T, Products, 2>(job, rt)
+                                        : multiply_in_blocks<Products>(rt, job);
   return why ? why : redo.each([&](int64_t first, int64_t count) {
     NmForwardParams some = p;
     some.x = static_cast<const T*>(p.x) + first * p.x_stride;
