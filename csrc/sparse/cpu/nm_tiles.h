@@ -1,8 +1,8 @@
 // 2:4 on AMX tiles, for bf16 and (where tiles multiply it) fp16: weights are expanded, zeros included, on their way
-// into tiles, which costs a fifth of one product with 256 rows.
+// into tiles, between the products of other weights.
 //
-// A tile multiplies the zeros too, and zero times infinity is NaN. Rows that are not finite are therefore left to the
-// vectors, which ignore what no weight was kept for; the other rows are as they would be without them.
+// A tile multiplies the zeros too, and zero times infinity is NaN. In the forward, rows of x that are not finite are
+// therefore left to the vectors, which ignore what no weight was kept for; the other rows are as they would be without.
 #pragma once
 #include "sparse/cpu/nm_backward.h"
 #include "sparse/cpu/tile_blocks.h"
@@ -289,12 +289,12 @@ const char* nm_forward_tiles(const NmForwardParams& p, const Runtime& rt) {
 }
 
 // ---- dx: dy is the left operand, weights the right ----
+// As everywhere but on vectors with many rows, a gradient that is not finite reaches its whole row of dx.
 
 template <class T>
 struct GradInputTiles {
   static constexpr bool kPanelIsLeft = false;
   const NmGradInputParams& p;
-  const RedoRows& redo;
   const Weights weights{p};
 
   int64_t held() const { return p.rows; }
@@ -303,7 +303,6 @@ struct GradInputTiles {
 
   void pack(Packed* to, const TileLayout<1>& layout, int64_t first) const {
     const Bf16* dy = static_cast<const Bf16*>(p.dy);
-    redo.look(static_cast<const T*>(p.dy), p.dy_stride, first, p.out);
     const int count = static_cast<int>(min_of<int64_t>(kPair, p.rows - first));
     pack_left<Bf16>(
         to, layout, [&](int i) { return dy + (first + i) * p.dy_stride; }, count, kPair, static_cast<int>(p.out));
@@ -324,20 +323,6 @@ struct GradInputTiles {
     }
   }
 };
-
-template <class T, class Products>
-const char* nm_grad_input_tiles(const NmGradInputParams& p, const Runtime& rt) {
-  const RedoRows redo(rt, p.rows);
-  if (!redo.words) return kOutOfMemory;
-  const char* why = multiply_in_blocks<Products>(rt, GradInputTiles<T>{p, redo});
-  return why ? why : redo.each([&](int64_t first, int64_t count) {
-    NmGradInputParams some = p;
-    some.dy = static_cast<const T*>(p.dy) + first * p.dy_stride;
-    some.dx = static_cast<T*>(p.dx) + first * p.in;
-    some.rows = count;
-    return nm_grad_input(some, rt);
-  });
-}
 
 // ---- dvalues: dy^T is the left operand, x the right; of each 32 results of a row the 16 kept ones are stored ----
 // A result that is kept depends on nothing else, so rows need not be finite.

@@ -47,8 +47,8 @@ struct TileCut {
   int64_t round(const Runtime& rt) const { return min_of(blocks, ceil_div(4 * int64_t(rt.num_threads()), groups)); }
   int64_t block_size() const { return layout().at(block / kTileRows, 0, 0); }  // elements
   int64_t panel_size() const { return segment * kPanel * kTileDepth; }
-  // Squares that wait, or of one segment the one at work and the one before.
-  int64_t squares() const { return segments == 1 ? 2 : group * panel_squares(); }
+  // Squares that wait, or of one segment the one at work.
+  int64_t squares() const { return segments == 1 ? 1 : group * panel_squares(); }
   int64_t panel_squares() const { return kPanel / kPair * (block / kPair); }
 
   int64_t units() const { return segments * group; }  // of a task; the last group may have fewer panels
@@ -145,14 +145,13 @@ class TileTasks {
     const int64_t pairs = ceil_div(min_of(cut_.block, cut_.held - held), kPair);
     const int64_t times = pairs * ceil_div(width, kPair) * steps;
     const bool first = unit.segment == 0, last = unit.segment + steps == cut_.steps;
-    int64_t square = cut_.segments == 1 ? 0 : unit.panel % cut_.group * cut_.panel_squares();
+    const int64_t stride = cut_.segments == 1 ? 0 : kSquare;
+    float* sums = sums_ + unit.panel % cut_.group * cut_.panel_squares() * stride;
     for (int64_t h = 0; h < pairs; h++) {
       const TileRun block = {packed + cut_.layout().at(2 * h, 0, unit.segment), 0, cut_.layout().tile_stride()};
-      for (int64_t q = 0; q < width; q += kPair, square++) {
+      for (int64_t q = 0; q < width; q += kPair, sums += stride) {
         const TileRun made = run_of(made_, TileLayout<1>{int(steps)}, q / kTileRows);
         const TileRun &left = Job::kPanelIsLeft ? made : block, &right = Job::kPanelIsLeft ? block : made;
-        if (cut_.segments == 1) square = finishing_.sums == sums_;
-        float* sums = sums_ + square * kSquare;
         begin_tiles<2, 2>(sums, kPair, !first);
         int64_t due = 0;
         for (int64_t k = 0; k < steps; k++) {
@@ -163,7 +162,7 @@ class TileTasks {
             if (last) job_.expect(panel + q, held + h * kPair, int(k * kFinishParts / steps));
           }
         }
-        finishing_.finish(job_);
+        finishing_.finish(job_);  // before its place may be taken
         end_tiles<2, 2>(sums, kPair);
         if (last) finishing_ = {sums, panel + q, held + h * kPair, 0};
       }

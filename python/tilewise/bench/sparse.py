@@ -68,7 +68,7 @@ def _csr_cases(device, sparsity, target, rows, columns, out):
 
 def cases(device: torch.device) -> list[Case]:
     found = []
-    dtypes = [torch.float32] if device.type == "cpu" else [torch.float16, torch.bfloat16]
+    dtypes = [torch.float32, torch.bfloat16] if device.type == "cpu" else [torch.float16, torch.bfloat16]
     for dtype in dtypes:
         for shape in NM_SHAPES if device.type == "cpu" else CUDA_NM_SHAPES:
             found += _nm_cases(device, dtype, *shape)
