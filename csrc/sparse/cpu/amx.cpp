@@ -19,7 +19,7 @@ const char* nm_forward_on_tiles(const NmForwardParams& p, const Runtime& rt) {
 }
 const char* nm_grad_input_on_tiles(const NmGradInputParams& p, const Runtime& rt) {
   return on_tiles(p, rt, p.out > 0, &nm_grad_input, [&](auto element, auto products) {
-    return multiply_in_blocks<decltype(products)>(rt, GradInputTiles<decltype(element)>{p});
+    return nm_grad_input_tiles<decltype(element), decltype(products)>(p, rt);
   });
 }
 const char* nm_grad_values_on_tiles(const NmGradValuesParams& p, const Runtime& rt) {

@@ -68,17 +68,40 @@ struct Weights {
     __builtin_prefetch(indices + row * ceil_div(in, 8) + step * (kTileDepth / 8), 0, 2);
   }
 
+  // Indices by panels of 64 columns, [ceil(in / 64), out] words: in rows, those of a panel would take a cache line
+  // each.
+  const uint64_t* indices_by_panels(const Runtime& rt) const {
+    constexpr int64_t kRows = 64;  // whose lines stay in the first-level cache
+    const int64_t bytes = ceil_div(in, 8), panels = ceil_div(in, kPanel);
+    uint64_t* words = scratch<uint64_t>(rt, kIndexSlot, panels * out);
+    if (!words) return nullptr;
+    parallel_for(rt, ceil_div(out, kRows), 1, [&](int64_t begin, int64_t end) {
+      for (int64_t first = begin * kRows; first < min_of(out, end * kRows); first += kRows)
+        for (int64_t panel = 0; panel < panels; panel++) {
+          const int64_t left = min_of<int64_t>(8, bytes - 8 * panel);
+          for (int64_t row = first; row < min_of(out, first + kRows); row++) {
+            const uint8_t* from = indices + row * bytes + 8 * panel;
+            uint64_t word = 0;
+            if (left == 8)
+              __builtin_memcpy(&word, from, 8);
+            else
+              __builtin_memcpy(&word, from, left);
+            words[panel * out + row] = word;
+          }
+        }
+    });
+    return words;
+  }
+
   // Columns as those of a right operand, in the order of pack_row_pair(): part by part, two rows of 64. Terms are rows.
   int64_t column_parts(int64_t steps) const { return steps * kTileRows; }
-  TILEWISE_INLINE void expand_columns(Packed* to, const TileLayout<1>& layout, int64_t first, int64_t step,
-                                      int64_t part) const {
-    const int64_t row = step * kTileDepth + 2 * part, bytes = ceil_div(in, 8), left = bytes - first / 8;
-    const __mmask16 there = left >= 8 ? 0xff : (1u << left) - 1;
-    __m128i words[2] = {};
-    for (int r = 0; r < 2 && row + r < out; r++)
-      words[r] = _mm_maskz_loadu_epi8(there, indices + (row + r) * bytes + first / 8);
+  TILEWISE_INLINE void expand_columns(Packed* to, const TileLayout<1>& layout, const uint64_t* by_panels, int64_t first,
+                                      int64_t step, int64_t part) const {
+    const int64_t row = step * kTileDepth + 2 * part;
+    const __m128i words =
+        _mm_maskz_loadu_epi64(lane_mask(max_of<int64_t>(out - row, 0)) & 3, by_panels + first / kPanel * out + row);
     alignas(64) uint32_t bits[16];
-    _mm512_store_si512(bits, kept_bits(_mm512_zextsi128_si512(_mm_unpacklo_epi64(words[0], words[1]))));
+    _mm512_store_si512(bits, kept_bits(_mm512_zextsi128_si512(words)));
     Packed* at = to + part * kTileDepth;
     for (int64_t c = 0; c < kPanel && first + c < in; c += kPair, at += 2 * layout.tile_stride()) {
       Halves rows[2] = {};
@@ -295,6 +318,7 @@ template <class T>
 struct GradInputTiles {
   static constexpr bool kPanelIsLeft = false;
   const NmGradInputParams& p;
+  const uint64_t* indices;  // by panels
   const Weights weights{p};
 
   int64_t held() const { return p.rows; }
@@ -309,7 +333,7 @@ struct GradInputTiles {
   }
   int64_t parts(int64_t, int64_t steps) const { return weights.column_parts(steps); }
   TILEWISE_INLINE void make(Packed* to, const TileLayout<1>& layout, int64_t first, int64_t step, int64_t part) const {
-    weights.expand_columns(to, layout, first, step, part);
+    weights.expand_columns(to, layout, indices, first, step, part);
   }
   void expect(int64_t k, int64_t row, int part) const {
     T* dx = static_cast<T*>(p.dx) + (row + 4 * part) * p.in + k;
@@ -323,6 +347,12 @@ struct GradInputTiles {
     }
   }
 };
+
+template <class T, class Products>
+const char* nm_grad_input_tiles(const NmGradInputParams& p, const Runtime& rt) {
+  const uint64_t* indices = Weights(p).indices_by_panels(rt);
+  return indices ? multiply_in_blocks<Products>(rt, GradInputTiles<T>{p, indices}) : kOutOfMemory;
+}
 
 // ---- dvalues: dy^T is the left operand, x the right; of each 32 results of a row the 16 kept ones are stored ----
 // A result that is kept depends on nothing else, so rows need not be finite.

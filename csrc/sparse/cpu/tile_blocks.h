@@ -20,7 +20,7 @@ constexpr int kSegmentSteps = 64;         // of kTileDepth terms
 constexpr int64_t kBlockBytes = 1 << 20;  // of a segment of the held operand
 constexpr int kFinishParts = 8;           // of a square
 constexpr int kWaitingPanels = 8;         // whose sums wait while a segment passes by
-enum TileSlot { kHeldSlot, kTaskSlot, kRedoSlot = 3 };  // the vector kernels have 0 to 2
+enum TileSlot { kHeldSlot, kTaskSlot, kIndexSlot, kRedoSlot };  // the vector kernels have 0 to 2
 
 // How a call is cut: tasks are a block with a group of panels, units what is multiplied with one panel as made.
 struct TileCut {
