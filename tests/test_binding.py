@@ -3,6 +3,8 @@
 import os
 import subprocess
 import sys
+import threading
+import weakref
 from pathlib import Path
 
 import numpy
@@ -22,8 +24,9 @@ PARENT = torch.tensor([[-1, 0, 1]], dtype=torch.int32)
 COUNT = torch.tensor([3], dtype=torch.int32)
 
 
-def test_dlpack_layout_matches_the_header_that_torch_ships(tmp_path):
-    source = Path(__file__).parent / "cpp" / "dlpack_layout.cpp"
+@pytest.mark.parametrize("declarations", ["dlpack_layout", "torch_abi"])
+def test_declarations_match_the_headers_that_torch_ships(declarations):
+    source = Path(__file__).parent / "cpp" / f"{declarations}.cpp"
     include = Path(torch.__file__).parent / "include"
     csrc = Path(__file__).parents[1] / "csrc"
     compile_ = ["g++", "-std=c++17", "-fsyntax-only", f"-I{include}", f"-I{csrc}", str(source)]
@@ -144,3 +147,81 @@ def test_strided_views_arrive_with_their_strides():
     with pytest.raises(ValueError, match="parent is not contiguous"):
         _C.tree_finalize(wide[:, ::2], COUNT, COUNT, *links())
     assert numpy.array_equal(wide.numpy(), numpy.zeros((1, 6)))
+
+
+OPERATORS = ["attention_out", "cache_append", "cache_rotate", "append_kv", "compact_kv", "table_update"]
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+@pytest.mark.parametrize("key", ["CPU", "CUDA"])
+def test_operators_without_results_have_kernels_that_run_no_python(name, key):
+    lines = torch._C._dispatch_dump(f"tilewise::{name}").splitlines()
+    assert [line for line in lines if line.startswith(f"{key}:") and "operator.cpp" in line], lines
+
+
+def test_only_functions_bound_as_operators_can_be_kernels():
+    assert not _C.register_operator("tree_finalize", "CPU", torch.Tensor)
+
+
+def test_operators_work_where_torch_lacks_the_interface():
+    code = """
+import torch
+del torch.Tensor.__dlpack_c_exchange_api__
+import tilewise.speculative as spec
+table = torch.zeros(4, 2, dtype=torch.int32)
+spec.table_update(table, torch.ones(1, 1, dtype=torch.int32), torch.tensor([[[5, 6]]], dtype=torch.int32))
+print(table[1].tolist(), "operator.cpp" in torch._C._dispatch_dump("tilewise::table_update"))
+"""
+    done = run_python(code)
+    assert done.stdout.strip() == "[5, 6] False", done.stdout + done.stderr
+
+
+def caches(layers, dtype=torch.float32):
+    return [(torch.randn(2, 4, 1, 8).to(dtype), torch.randn(2, 4, 1, 8).to(dtype)) for _ in range(layers)]
+
+
+# A call whose last argument is a list, an optional tensor, or neither; right, and with a wrong dtype.
+CALLS = {
+    "table_update": lambda good: (
+        torch.zeros(4, 2, dtype=torch.int32 if good else torch.int64),
+        torch.ones(1, 1, dtype=torch.int32),
+        torch.ones(1, 1, 2, dtype=torch.int32),
+        torch.ones(1, dtype=torch.int32),
+    ),
+    "compact_kv": lambda good: (
+        [k for k, _ in caches(3)],
+        [v for _, v in caches(3, torch.float32 if good else torch.float16)],
+        torch.zeros(1, 2, dtype=torch.int32),
+        torch.zeros(1, dtype=torch.int32),
+        torch.tensor([[0, 1]], dtype=torch.int32),
+        torch.ones(1, dtype=torch.int32),
+    ),
+}
+
+
+@pytest.mark.parametrize("good", [True, False])
+@pytest.mark.parametrize("name", CALLS)
+def test_kernels_release_their_arguments(name, good):
+    """A tensor that C++ still holds would keep its Python object alive."""
+    arguments = CALLS[name](good)
+    tensors = [t for a in arguments for t in (a if isinstance(a, list) else [a])]
+    operator = getattr(torch.ops.tilewise, name).default
+    if good:
+        operator(*arguments)
+    else:
+        with pytest.raises(TypeError, match=f"{name}: .* has dtype "):
+            operator(*arguments)
+    watched = [weakref.ref(t) for t in tensors]
+    del arguments, tensors
+    assert [t() for t in watched] == [None] * len(watched)
+
+
+def test_operators_run_while_other_python_threads_do():
+    q = torch.randn(1, 4, 2048, 64)
+    out, lse, beats = torch.empty_like(q), torch.empty(1, 4, 2048), []
+    worker = threading.Thread(target=lambda: torch.ops.tilewise.attention_out.default(q, q, q, out, lse))
+    worker.start()
+    while worker.is_alive():
+        beats.append(worker.is_alive())
+    worker.join()
+    assert len(beats) > 1

@@ -1,6 +1,6 @@
 // Python names of the family's functions; no logic.
 #include "binding/families.h"
-#include "binding/tensor_caster.h"
+#include "binding/operator.h"
 #include "tilewise/attention.h"
 
 namespace py = pybind11;
@@ -44,10 +44,9 @@ void bind_attention(py::module_& m) {
   using Length = std::optional<int64_t>;
   using T = const PyTensor&;
   using OptionalT = const OptionalTensor&;
-  using Release = py::gil_scoped_release;
   // Writes into given memory: what a call costs at least.
-  m.def(
-      "attention_out",
+  def_operator(
+      m, "attention_out",
       [](T q, T k, T v, T out, T lse, bool causal, Scale scale) {
         void* stream = q.stream();
         AttentionOptions options;
@@ -143,22 +142,26 @@ void bind_attention(py::module_& m) {
   });
   m.def("cache_row_bytes",
         [](int format, int64_t dim) { return cache_row_bytes(static_cast<CacheFormat>(format), dim); });
-  m.def("cache_append", [](T k_pages, T v_pages, T block_table, T start, T k, T v, int format, OptionalT k_channels,
-                           OptionalT v_channels, OptionalT cos, OptionalT sin, bool interleaved) {
-    void* stream = k_pages.stream();
-    const Release release;
-    cache_append({k_pages, v_pages, block_table}, start, k, v,
-                 {static_cast<CacheFormat>(format), pointer_to(k_channels), pointer_to(v_channels), pointer_to(cos),
-                  pointer_to(sin), interleaved},
-                 stream);
-  });
-  m.def("cache_rotate", [](T k_pages, T block_table, T positions, int64_t dim, int format, OptionalT k_channels, T cos,
-                           T sin, bool interleaved) {
-    void* stream = k_pages.stream();
-    const Release release;
-    cache_rotate(k_pages, block_table, positions, dim,
-                 {static_cast<CacheFormat>(format), pointer_to(k_channels), nullptr, &cos, &sin, interleaved}, stream);
-  });
+  def_operator(m, "cache_append",
+               [](T k_pages, T v_pages, T block_table, T start, T k, T v, int format, OptionalT k_channels,
+                  OptionalT v_channels, OptionalT cos, OptionalT sin, bool interleaved) {
+                 void* stream = k_pages.stream();
+                 const Release release;
+                 cache_append({k_pages, v_pages, block_table}, start, k, v,
+                              {static_cast<CacheFormat>(format), pointer_to(k_channels), pointer_to(v_channels),
+                               pointer_to(cos), pointer_to(sin), interleaved},
+                              stream);
+               });
+  def_operator(m, "cache_rotate",
+               [](T k_pages, T block_table, T positions, int64_t dim, int format, OptionalT k_channels, T cos, T sin,
+                  bool interleaved) {
+                 void* stream = k_pages.stream();
+                 const Release release;
+                 cache_rotate(
+                     k_pages, block_table, positions, dim,
+                     {static_cast<CacheFormat>(format), pointer_to(k_channels), nullptr, &cos, &sin, interleaved},
+                     stream);
+               });
 }
 
 }  // namespace tilewise

@@ -2,24 +2,16 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "binding/errors.h"
 #include "binding/families.h"
+#include "binding/operator.h"
 #include "common/dispatch.h"
-#include "tilewise/error.h"
 #include "tilewise/runtime.h"
 
 namespace py = pybind11;
 
 namespace tilewise {
 namespace {
-
-PyObject* python_type(ErrorKind kind) {
-  switch (kind) {
-    case ErrorKind::value: return PyExc_ValueError;
-    case ErrorKind::type: return PyExc_TypeError;
-    case ErrorKind::not_implemented: return PyExc_NotImplementedError;
-    default: return PyExc_RuntimeError;
-  }
-}
 
 void translate(std::exception_ptr e) {
   try {
@@ -54,6 +46,7 @@ void bind_runtime(py::module_& m) {
   m.def("emulate", [](std::optional<std::string> path) { emulate(path ? path->c_str() : nullptr); });
   m.def("emulating", &emulating);
   m.def("forget_buffers", &forget_buffers);
+  m.def("register_operator", &register_operator);
 }
 
 }  // namespace

@@ -38,9 +38,7 @@ Device device_of(dlpack::Device d) {
 }
 
 void fill_view(const dlpack::Tensor& t, Tensor& out) {
-  if (t.ndim > Tensor::kMaxDims)
-    throw Error(ErrorKind::value, "tensor has " + std::to_string(t.ndim) + " dimensions, expected at most " +
-                                      std::to_string(Tensor::kMaxDims));
+  check_dimensions(t.ndim);
   out.data = static_cast<char*>(t.data) + t.byte_offset;
   out.ndim = t.ndim;
   out.dtype = dtype_of(t.dtype);
@@ -51,14 +49,7 @@ void fill_view(const dlpack::Tensor& t, Tensor& out) {
     out.strides[i] = t.strides ? t.strides[i] : contiguous_stride;
     contiguous_stride *= t.shape[i];
   }
-  // A FakeTensor passes as an array without memory: a kernel must never see it.
-  if (!t.data && out.numel() > 0)
-    throw Error(ErrorKind::value, "tensor has no memory (a fake or meta tensor?), expected a real one");
-  if (emulating() && out.device.type == DeviceType::cpu && out.numel() > 0) {
-    int64_t extent = 1;
-    for (int i = 0; i < out.ndim; i++) extent += (out.shape[i] - 1) * out.strides[i];
-    note_buffer(out.data, static_cast<size_t>(extent) * item_size(out.dtype), "tensor");
-  }
+  check_view(out, t.data);
 }
 
 bool load_through_capsule(PyObject* object, PyTensor& out) {
@@ -103,11 +94,29 @@ const dlpack::ExchangeApi* find_exchange_api(PyTypeObject* type) {
 
 }  // namespace
 
+void check_dimensions(int64_t dimensions) {
+  if (dimensions > Tensor::kMaxDims)
+    throw Error(ErrorKind::value, "tensor has " + std::to_string(dimensions) + " dimensions, expected at most " +
+                                      std::to_string(Tensor::kMaxDims));
+}
+
+void check_view(const Tensor& t, const void* memory) {
+  if (t.numel() == 0) return;
+  // A FakeTensor passes as an array without memory: a kernel must never see it.
+  if (!memory) throw Error(ErrorKind::value, "tensor has no memory (a fake or meta tensor?), expected a real one");
+  if (!emulating() || t.device.type != DeviceType::cpu) return;
+  int64_t extent = 1;
+  for (int i = 0; i < t.ndim; i++) extent += (t.shape[i] - 1) * t.strides[i];
+  note_buffer(t.data, static_cast<size_t>(extent) * item_size(t.dtype), "tensor");
+}
+
 void* PyTensor::stream() const {
   if (!api || device.type != DeviceType::cuda) return nullptr;
   void* stream = nullptr;
-  if (api->current_stream(dlpack::kCuda, device.index, &stream)) throw py::error_already_set();
-  return stream;
+  if (!api->current_stream(dlpack::kCuda, device.index, &stream)) return stream;
+  const py::gil_scoped_acquire interpreter;  // an operator's kernel runs without it
+  PyErr_Clear();
+  throw Error(ErrorKind::runtime, "no current stream on cuda:" + std::to_string(device.index));
 }
 
 const dlpack::ExchangeApi* exchange_api_of(PyTypeObject* type) {

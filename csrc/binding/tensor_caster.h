@@ -22,6 +22,10 @@ struct PyTensor : Tensor {
   void* stream() const;
 };
 
+// What every way into a view asks: no more dimensions than it holds; memory, which an emulator is told of.
+void check_dimensions(int64_t dimensions);
+void check_view(const Tensor& t, const void* memory);
+
 // Null where the type has no exchange API. Looked up once per type.
 const dlpack::ExchangeApi* exchange_api_of(PyTypeObject* type);
 // Fills `out`; false if the object is no array. Throws when the array has a layout that Tensor cannot hold.

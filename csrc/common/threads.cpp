@@ -9,6 +9,7 @@
 #include <cstring>
 
 #include "common/pool.h"
+#include "common/torch_library.h"
 #include "tilewise/runtime.h"
 
 namespace tilewise {
@@ -75,8 +76,7 @@ class ScratchBuffer {
 
 bool attach_torch_threads() {
   if (torch_parallel_for.load(std::memory_order_acquire)) return true;
-  // Python loads libtorch_cpu with RTLD_LOCAL: ask for it by name, never loading anything.
-  void* torch = dlopen("libtorch_cpu.so", RTLD_NOLOAD | RTLD_LAZY | RTLD_LOCAL);
+  void* torch = torch_library();
   if (!torch) return false;
   auto run = reinterpret_cast<TorchParallelFor>(dlsym(torch, "torch_parallel_for"));
   auto count = reinterpret_cast<TorchNumThreads>(dlsym(torch, "torch_get_num_threads"));

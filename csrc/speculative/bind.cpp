@@ -1,17 +1,11 @@
 // Python names of the family's functions; no logic.
 #include "binding/families.h"
-#include "binding/tensor_caster.h"
+#include "binding/operator.h"
 #include "tilewise/speculative.h"
 
 namespace py = pybind11;
 
 namespace tilewise {
-namespace {
-
-using Release = py::gil_scoped_release;
-
-}  // namespace
-
 void bind_speculative(py::module_& m) {
   m.def("tree_finalize",
         [](const PyTensor& parent, const PyTensor& n_nodes, const PyTensor& seq_lens, const PyTensor& positions,
@@ -33,12 +27,12 @@ void bind_speculative(py::module_& m) {
     const Release release;
     tree_from_sequences(sequences, root_tokens, {new_parent, tokens, n_nodes}, stream);
   });
-  m.def("table_update",
-        [](const PyTensor& table, const PyTensor& tokens, const PyTensor& topk, const OptionalTensor& n_nodes) {
-          void* stream = table.stream();
-          const Release release;
-          table_update(table, tokens, topk, pointer_to(n_nodes), stream);
-        });
+  def_operator(m, "table_update",
+               [](const PyTensor& table, const PyTensor& tokens, const PyTensor& topk, const OptionalTensor& n_nodes) {
+                 void* stream = table.stream();
+                 const Release release;
+                 table_update(table, tokens, topk, pointer_to(n_nodes), stream);
+               });
   m.def("tree_attention_workspace", [](const PyTensor& q, const PyTensor& k_pages, const PyTensor& block_table) {
     return tree_attention_workspace(q, k_pages, block_table);
   });
@@ -50,19 +44,22 @@ void bind_speculative(py::module_& m) {
     tree_attention(q, {k_pages, v_pages, block_table}, prefix_len, ancestor_bits, scale, out, lse,
                    pointer_to(workspace), stream);
   });
-  m.def("append_kv", [](const PyTensor& k_pages, const PyTensor& v_pages, const PyTensor& block_table,
-                        const PyTensor& start, const PyTensor& k, const PyTensor& v, const OptionalTensor& n_nodes) {
-    void* stream = k_pages.stream();
-    const Release release;
-    append_kv({k_pages, v_pages, block_table}, start, k, v, pointer_to(n_nodes), stream);
-  });
-  m.def("compact_kv", [](const Tensors& k_pages, const Tensors& v_pages, const PyTensor& block_table,
-                         const PyTensor& prefix_len, const PyTensor& path, const PyTensor& accept_len) {
-    void* stream = path.stream();
-    const auto k = pointers_to(k_pages), v = pointers_to(v_pages);
-    const Release release;
-    compact_kv(k.data(), v.data(), static_cast<int>(k.size()), block_table, prefix_len, path, accept_len, stream);
-  });
+  def_operator(m, "append_kv",
+               [](const PyTensor& k_pages, const PyTensor& v_pages, const PyTensor& block_table, const PyTensor& start,
+                  const PyTensor& k, const PyTensor& v, const OptionalTensor& n_nodes) {
+                 void* stream = k_pages.stream();
+                 const Release release;
+                 append_kv({k_pages, v_pages, block_table}, start, k, v, pointer_to(n_nodes), stream);
+               });
+  def_operator(m, "compact_kv",
+               [](const Tensors& k_pages, const Tensors& v_pages, const PyTensor& block_table,
+                  const PyTensor& prefix_len, const PyTensor& path, const PyTensor& accept_len) {
+                 void* stream = path.stream();
+                 const auto k = pointers_to(k_pages), v = pointers_to(v_pages);
+                 const Release release;
+                 compact_kv(k.data(), v.data(), static_cast<int>(k.size()), block_table, prefix_len, path, accept_len,
+                            stream);
+               });
   m.def("verify_greedy",
         [](const PyTensor& parent, const PyTensor& tokens, const PyTensor& logits, const PyTensor& n_nodes,
            const PyTensor& accept_len, const PyTensor& path, const PyTensor& out_tokens) {

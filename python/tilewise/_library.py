@@ -12,13 +12,15 @@ _library = torch.library.Library("tilewise", "DEF")
 def register(schema: str, kernel: Callable, fake: Callable) -> Callable:
     """Defines ``tilewise::<schema>`` for CPU and CUDA tensors and returns the operator.
 
-    ``kernel`` allocates with ``torch.empty`` and calls ``tilewise._C``; ``fake`` does the same without data. Passing
-    :func:`core` of its name as the kernel of an out-variant operator saves a Python frame per call.
+    ``kernel`` allocates with ``torch.empty`` and calls ``tilewise._C``; ``fake`` does the same without data. An
+    out-variant operator whose kernel is :func:`core` of its name runs no Python code at all: torch's dispatcher calls
+    the core's function.
     """
     name = schema.split("(", 1)[0]
     _library.define(schema)
     for key in ("CPU", "CUDA"):
-        _library.impl(name, kernel, key)
+        if kernel is not getattr(_C, name, None) or not _C.register_operator(name, key, torch.Tensor):
+            _library.impl(name, kernel, key)
     torch.library.register_fake(f"tilewise::{name}", fake, lib=_library)
     return getattr(torch.ops.tilewise, name).default
 

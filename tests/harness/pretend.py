@@ -7,6 +7,7 @@ and runs tilewise's operators on the emulator. Import this module before torch: 
 
 import contextlib
 import ctypes
+import functools
 import importlib.metadata
 import importlib.util
 import os
@@ -178,11 +179,18 @@ def _dispatch(function, args, kwargs):
 
 
 def _operator(function, args, kwargs):
-    """A tilewise operator: its kernel runs in Python, so its own calls go through the mode again."""
+    """A tilewise operator: one that runs Python code goes through the mode again, the others get host memory."""
     ours = _on_one_device(function.overloadpacket.__name__, args, kwargs)
     key = torch._C.DispatchKey.CUDA if ours else torch._C.DispatchKey.CPU
+    if ours and _runs_no_python(function):
+        key, args = torch._C.DispatchKey.CPU, _map(lambda x: x.host if isinstance(x, Tensor) else x, args)
     with device, _emulated(ours):
         return function._op_dk(key, *args, **kwargs)
+
+
+@functools.cache
+def _runs_no_python(operator) -> bool:
+    return "operator.cpp" in torch._C._dispatch_dump(operator.name())
 
 
 @contextlib.contextmanager
