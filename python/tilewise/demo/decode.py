@@ -1,7 +1,6 @@
 """Greedy decoding of the transformer over a paged cache: one token a step, and with token trees.
 
-Both use the same operators; plain decoding is a tree of one node. Drafts come from Token Recycling: a table that
-remembers, for every byte, the most likely successors the model itself gave last.
+Both use the same operators; plain decoding is a tree of one node. Drafts come from the training text.
 """
 
 import time
@@ -11,10 +10,11 @@ import torch
 
 import tilewise.speculative as spec
 from tilewise.demo.data import Corpus
-from tilewise.demo.models import VOCABULARY, Transformer
+from tilewise.demo.drafts import CONTEXT, Retrieval
+from tilewise.demo.models import Transformer
 
 PAGE, PROMPTS, PROMPT_LENGTH, NEW_TOKENS = 16, 4, 192, 192
-BRANCHING = 8  # successors remembered per byte
+NODES = 16  # of a tree
 
 
 @dataclass
@@ -75,50 +75,46 @@ class PagedTransformer:
 
 @torch.no_grad()
 def _decode(model: Transformer, prompts: torch.Tensor, draft, report) -> Decoded:
-    """``draft(table, root)`` proposes a tree for root tokens (B,)."""
+    """``draft(tokens)`` proposes a tree for each row of tokens so far; its root is the row's last."""
     batch, length = prompts.shape
     paged = PagedTransformer(model, batch, length + NEW_TOKENS + 2 * spec.MAX_NODES)  # a step adds at most one tree
-    table = torch.zeros(VOCABULARY, BRANCHING, dtype=torch.int32)
     logits = paged.forward(spec.DraftTree.chain(prompts.to(torch.int32)))
     paged.lengths += length
-    spec.table_update(table, prompts.to(torch.int32), logits.topk(BRANCHING).indices.to(torch.int32))
-    root = logits[:, -1].argmax(-1).to(torch.int32)
-    tokens = [[int(t)] for t in root]
-    begin, steps = time.perf_counter(), 0
-    while min(map(len, tokens)) < NEW_TOKENS:
+    tokens = [
+        [*prompt, token] for prompt, token in zip(prompts.tolist(), logits[:, -1].argmax(-1).tolist(), strict=True)
+    ]
+    begin, steps, goal = time.perf_counter(), 0, length + NEW_TOKENS
+    while min(map(len, tokens)) < goal:
         # A sequence that is through repeats its last step: one that accepts much must not outgrow its pages.
-        going_on = torch.tensor([len(row) < NEW_TOKENS for row in tokens])
-        tree = draft(table, root)
+        going_on = torch.tensor([len(row) < goal for row in tokens])
+        tree = draft(tokens)
         logits = paged.forward(tree)
         verified = spec.verify_greedy(tree.parent, tree.tokens, logits, n_nodes=tree.n_nodes)
         paged.accept(verified, going_on)
-        topk = logits.topk(BRANCHING).indices.to(torch.int32)
-        spec.table_update(table, tree.tokens, topk, n_nodes=tree.n_nodes)
-        last = verified.out_tokens.gather(1, verified.accept_len.long().unsqueeze(1)).squeeze(1)
-        root = torch.where(going_on, last, root)
         for row, new, count, more in zip(
             tokens, verified.out_tokens.tolist(), verified.accept_len.tolist(), going_on.tolist(), strict=True
         ):
             row += new[: count + 1] if more else []
         steps += 1
-        report(min(map(len, tokens)))
+        report(min(map(len, tokens)) - length)
     seconds = time.perf_counter() - begin
-    return Decoded([row[:NEW_TOKENS] for row in tokens], steps, seconds)
+    return Decoded([row[length:goal] for row in tokens], steps, seconds)
 
 
 def compare(model: Transformer, corpus: Corpus, progress) -> tuple[Decoded, Decoded]:
     """Plain and tree decoding of the same held-out prompts."""
     prompts = Corpus.windows(corpus.held_out, PROMPTS, PROMPT_LENGTH - 1, torch.Generator().manual_seed(4))
-    template = spec.DEFAULT_TEMPLATE
+    seen = Retrieval(corpus.train)
 
-    def one_node(_table, root):
-        return spec.DraftTree.chain(root.unsqueeze(1))
+    def one_node(tokens):
+        return spec.DraftTree.chain(torch.tensor([row[-1:] for row in tokens], dtype=torch.int32))
 
-    def recycled(table, root):
-        return spec.tree_from_template(template, table, root)
+    def retrieved(tokens):
+        context = torch.tensor([row[-CONTEXT:] for row in tokens])
+        return spec.tree_from_sequences(seen.continuations(context), context[:, -1].to(torch.int32), max_nodes=NODES)
 
     found = []
-    for title, draft in (("one token a step", one_node), ("token trees", recycled)):
+    for title, draft in (("one token a step", one_node), ("token trees", retrieved)):
         bar = progress.add_task(f"decoding, {title}", total=NEW_TOKENS)
         report = lambda done, bar=bar: progress.update(bar, completed=done)  # noqa: E731
         found.append(_decode(model, prompts, draft, report))
