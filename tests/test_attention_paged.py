@@ -226,6 +226,17 @@ def test_rising_maximum(device):
     check(device, q, pages, table, lens, window=(100, None))
 
 
+@pytest.mark.parametrize("num_splits", [1, 3])
+@pytest.mark.parametrize("first,last", [(1, 1e-8), (1, 1 / 64), (1 / 64, 1), (1e-8, 1)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_keys_that_grow_or_shrink(device, dtype, first, last, num_splits):
+    """Small keys have equal weights, and every addition to their sum rounds alike."""
+    q, pages, table, lens = case(1, 2, 1, 3, 64, 16, dtype, 1100)
+    sizes = torch.logspace(math.log10(first), math.log10(last), table.shape[1])
+    pages[0][table[0].long()] *= sizes[:, None, None, None].to(dtype)
+    check(device, q, pages, table, lens, num_splits=num_splits)
+
+
 @pytest.mark.devices("cpu")
 def test_registered(device):
     q, pages, table, lens = case(1, 2, 1, 2, 64, 8, torch.float32, 20)

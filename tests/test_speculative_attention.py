@@ -156,11 +156,11 @@ def test_sizes_beyond_fp16(device, nodes, keys, values):
     check(device, q / keys[0], pages, table, prefix, parent, n_nodes)
 
 
-@pytest.mark.devices("cpu")
 @pytest.mark.parametrize("nodes", [5, 40])
 @pytest.mark.parametrize("first,last", [(1, 1e-8), (1, 1 / 64), (1 / 64, 1), (1e-8, 1)])
 def test_keys_that_grow_or_shrink(device, nodes, first, last):
-    """Where a block of keys is brought into range with the numbers of the block before it, that may not fit."""
+    """A block of keys may not fit the range of the one before. Small keys have equal weights, which round alike."""
+    nodes = 5 if device.small else nodes
     q, pages, table, prefix, parent, n_nodes = case(1, nodes, 4, 2, 64, 16, torch.float32, 400)
     sizes = torch.logspace(math.log10(first), math.log10(last), table.shape[1])
     pages[0][table[0].long()] *= sizes[:, None, None, None]

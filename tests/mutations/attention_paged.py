@@ -25,6 +25,9 @@ MUTATIONS = [
     ),
     Mutation("pages_not_awaited", PAGED_TILES, "cp_async_wait<1>();", "cp_async_wait<2>();", "race"),
     Mutation("splits_unweighted", PAGED_ROWS, "sum += exp2_approx((lse - base) * kLog2e) *", "sum +=", "plain"),
+    Mutation("hidden_key_counts", PAGED_ROWS, "if (v_row[j] < 0) score[j] = -INFINITY;", "", "plain"),
+    Mutation("values_not_rescaled", PAGED_ROWS, "r.out[i] * shrink + four", "r.out[i] + four", "plain"),
+    Mutation("rounding_not_taken_back", PAGED_ROWS, " - r.excess * shrink;", ";", "plain"),
     Mutation("rotation_one_way", CACHE, "(first ? -turned : turned)", "turned", "plain"),
     Mutation("partner_overwritten", CACHE, "    sync_warp();  // all has been read that is overwritten\n", "", "race"),
     Mutation("codes_packed_early", PAGED_SOURCE, "    sync_warp();\n    Layout::pack", "    Layout::pack", "race"),
@@ -75,6 +78,21 @@ def _check_paged(tokens, dim=64, **options):
     expected, expected_lse = reference.paged_attention(q.double(), *pages, table, lens, **options)
     torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-4, atol=1e-4)
     assert (out - expected).norm() < 0.02 * expected.norm()
+
+
+def _check_rows(keys=1998):
+    """A head dim without tiles. The key in the middle has 2.34 times the weight of every other."""
+    generator = torch.Generator().manual_seed(6)
+    k_pages, v_pages = torch.zeros(2, 125, 16, 1, 8, dtype=torch.bfloat16)
+    table, lens = torch.arange(125, dtype=torch.int32)[None], torch.tensor([keys], dtype=torch.int32)
+    k_pages.flatten(0, 1)[keys // 2] = 0.3
+    v_pages += 1 + torch.randn(v_pages.shape, generator=generator)
+    q = torch.ones(1, 1, 1, 8, dtype=torch.bfloat16)
+    out, lse = tw.paged_attention(q, k_pages, v_pages, table, lens, return_lse=True, num_splits=1)
+    pages = (k_pages.double(), v_pages.double())
+    expected, expected_lse = reference.paged_attention(q.double(), *pages, table, lens)
+    torch.testing.assert_close(lse.double(), expected_lse, rtol=0, atol=1e-6)
+    assert (out - expected).norm() < 0.005 * expected.norm()
 
 
 def _check_cache(format, dim=96):
@@ -137,5 +155,6 @@ def check():
         _check_tiles_of_codes("int4", heads)
         _check_tiles_of_codes("bfp12", heads)
     _check_packed_heads()
+    _check_rows()
     _check_paged(5, window=(300, None), softcap=2.0)
     _check_paged(20, window=(300, None), softcap=2.0)

@@ -39,7 +39,8 @@ FACTS = {
     # A warp has 16 keys of a tile: an instruction for 16 channels of keys, and one of values.
     "PagedAttention<.*WidenedPages<.* 64, .* 4>": {"HMMA": ">=32", "LDSM": "<=8"},
     "PagedAttention<.*WidenedPages<.* 128, .* 4>": {"HMMA": ">=64", "LDSM": "<=16", "registers": "<=232"},
-    "PagedAttentionRows<": {**_NO_SPILLS, "registers": "<=128"},
+    "PagedAttentionRows<": {**_NO_SPILLS, "registers": "<=96"},
+    "PagedAttentionRows<.*FloatSource": {"registers": "<=80"},  # six blocks of a multiprocessor
     "::MergeSplits<": _NO_SPILLS,
     "::Scores<.*TensorScores<": {**_TENSOR_CORES, r"STG.*\.128": 0, "HMMA": ">=16"},
     "::Scores<.*TensorScores<.* 64>": {"registers": "<=128"},

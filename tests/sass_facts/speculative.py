@@ -6,6 +6,7 @@ FACTS = {
     r"PagedAttention<.*NumberPages<.*, 4>": {"HMMA": ">=16", "LDGSTS.*128": ">=16", "LDSM": ">=12"},
     r"PagedAttention<.*, 64,": {"registers": "<=168"},
     r"PagedAttention<.*, 128,": {"registers": "<=255"},
+    r"PagedAttentionRows<": {"registers": "<=80"},
     "VerifyGreedy": {"LDG.*128": ">=1"},
     "(AppendKv|CompactKv)<uint4>": {"LDG.*128": ">=1", "STG.*128": ">=1"},
 }

@@ -38,43 +38,92 @@ struct MergeSplits {
   }
 };
 
+// Four keys at a time are summed from zero, so chains are a quarter as long, and their shuffles overlap.
 template <class T, class Visibility, class Source = FloatSource<T>>
 struct PagedAttentionRows {
   static constexpr int kThreads = 128, kMinArch = 800, kWarps = kThreads / kWarp;
-  static constexpr int kKeys = 4;  // in flight
+  static constexpr int kKeys = 4;
   using Params = Args<typename Visibility::Params>;
   struct Smem {};
+
+  // Of the keys so far, relative to the largest score (base 2).
+  struct Running {
+    float out[kPerLane] = {}, top = -INFINITY, sum = 0.f;
+    float excess = 0.f;  // what rounding has added to the sum
+  };
 
   SIMT_DEVICE static float value(const void* pages, int64_t row, int d, int dim) {
     return Source::value(static_cast<const char*>(pages) + row * Source::kItem, d, dim);
   }
 
-  // The dot products of the row with keys [key, key + kKeys), hidden keys at -inf, and the rows of their values.
+  // Where keys [key, key + kKeys) and their values stand; -1: hidden.
   template <class Row>
-  SIMT_DEVICE static void scores(const Params& a, int b, int kv_head, int key, int end, const Row& row,
-                                 const float (&q)[kPerLane], float (&score)[kKeys], int64_t (&v_row)[kKeys]) {
+  SIMT_DEVICE static void find(const Params& a, int b, int kv_head, int key, int end, const Row& row,
+                               int64_t (&k_row)[kKeys], int64_t (&v_row)[kKeys]) {
     const AttentionParams& p = a.p;
 #pragma unroll
     for (int j = 0; j < kKeys; j++) {
       const bool seen = key + j < end && row.sees(key + j);
-      const int64_t slot = seen ? slot_of(p.table, b, key + j, a.fault) : -1;
-      v_row[j] = slot < 0 ? -1 : slot_offset(slot, p.table.page_size, p.v_strides) + kv_head * p.v_strides.head;
-      score[j] = 0.f;
-      if (slot >= 0) {
-        const int64_t k_row = slot_offset(slot, p.table.page_size, p.k_strides) + kv_head * p.k_strides.head;
+      const Place place = seen ? place_of(p.table, b, key + j, a.fault) : Place{-1, 0};
+      k_row[j] = place.page < 0 ? -1 : place.offset(p.k_strides) + kv_head * p.k_strides.head;
+      v_row[j] = place.page < 0 ? -1 : place.offset(p.v_strides) + kv_head * p.v_strides.head;
+    }
+  }
+
+  // The dot products of the row with keys.
+  SIMT_DEVICE static void scores(const AttentionParams& p, const float (&q)[kPerLane], const int64_t (&k_row)[kKeys],
+                                 float (&score)[kKeys]) {
 #pragma unroll
-        for (int i = 0; i < kPerLane; i++) {
-          const int d = lane_id() + i * kWarp;
-          if (d < p.dim) score[j] += q[i] * value(p.k_pages, k_row, d, p.dim);
-        }
+    for (int j = 0; j < kKeys; j++) {
+      score[j] = 0.f;
+      if (k_row[j] < 0) continue;
+#pragma unroll
+      for (int i = 0; i < kPerLane; i++) {
+        const int d = lane_id() + i * kWarp;
+        if (d < p.dim) score[j] += q[i] * value(p.k_pages, k_row[j], d, p.dim);
       }
     }
 #pragma unroll
-    for (int j = 0; j < kKeys; j++) {
-      score[j] = warp_sum(score[j]);
+    for (int j = 0; j < kKeys; j++) score[j] = warp_sum(score[j]);
+#pragma unroll
+    for (int j = 0; j < kKeys; j++)
       if (p.softcap != 0.f) score[j] = softcap(score[j], p.softcap * kLog2e);
+  }
+
+  // Where scores hardly differ, weights hardly do, and every addition to their sum is rounded alike: the error would
+  // grow with the number of keys, not its root. So it is taken back with the next four (Kahan).
+  SIMT_DEVICE static void add_weights(Running& r, const float (&weight)[kKeys], float shrink) {
+    const float old = r.sum * shrink;
+    const float four = (weight[0] + weight[1]) + (weight[2] + weight[3]) - r.excess * shrink;
+    r.sum = old + four;
+    r.excess = (r.sum - old) - four;
+  }
+
+  // Adds keys of these scores, and their values.
+  SIMT_DEVICE static void add(Running& r, const AttentionParams& p, float (&score)[kKeys],
+                              const int64_t (&v_row)[kKeys]) {
+    float top = r.top, weight[kKeys], four[kPerLane] = {};
+#pragma unroll
+    for (int j = 0; j < kKeys; j++) {
       if (v_row[j] < 0) score[j] = -INFINITY;
+      top = fmaxf(top, score[j]);
     }
+    const float base = top == -INFINITY ? 0.f : top, shrink = exp2_approx(r.top - base);
+    r.top = top;
+#pragma unroll
+    for (int j = 0; j < kKeys; j++) weight[j] = exp2_approx(score[j] - base);
+    add_weights(r, weight, shrink);
+#pragma unroll
+    for (int j = 0; j < kKeys; j++) {
+      if (v_row[j] < 0) continue;
+#pragma unroll
+      for (int i = 0; i < kPerLane; i++) {
+        const int d = lane_id() + i * kWarp;
+        if (d < p.dim) four[i] += weight[j] * value(p.v_pages, v_row[j], d, p.dim);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kPerLane; i++) r.out[i] = r.out[i] * shrink + four[i];
   }
 
   SIMT_DEVICE static void run(const Params& a, Smem&) {
@@ -86,7 +135,7 @@ struct PagedAttentionRows {
     const auto row = visible.row(token, Visibility::words_of(a.p, b, token));
     const int keys = visible.end > visible.first ? visible.end - visible.first : 0, share = ceil_div(keys, p.splits);
     const int first = visible.first + split * share, last = first + share < visible.end ? first + share : visible.end;
-    float q[kPerLane], out[kPerLane] = {}, top = -INFINITY, sum = 0.f;
+    float q[kPerLane];
 #pragma unroll
     for (int i = 0; i < kPerLane; i++) {
       const int d = lane_id() + i * kWarp;
@@ -94,48 +143,31 @@ struct PagedAttentionRows {
       q[i] = d < p.dim ? load_float(static_cast<const T*>(p.q) + from) * p.scale * kLog2e : 0.f;
       if (p.k_channels && d < p.dim) q[i] *= p.k_channels[kv_head * p.dim + d];
     }
+    Running running;
     for (int key = first; key < last; key += kKeys) {
       float score[kKeys];
-      int64_t v_row[kKeys];
-      scores(a, b, kv_head, key, last, row, q, score, v_row);
-      float next = top;
-#pragma unroll
-      for (int j = 0; j < kKeys; j++) next = fmaxf(next, score[j]);
-      const float base = next == -INFINITY ? 0.f : next, shrink = exp2_approx(top - base);
-      top = next;
-      sum *= shrink;
-#pragma unroll
-      for (int i = 0; i < kPerLane; i++) out[i] *= shrink;
-#pragma unroll
-      for (int j = 0; j < kKeys; j++) {
-        const float weight = exp2_approx(score[j] - base);
-        sum += weight;
-        if (v_row[j] < 0) continue;
-#pragma unroll
-        for (int i = 0; i < kPerLane; i++) {
-          const int d = lane_id() + i * kWarp;
-          if (d < p.dim) out[i] += weight * value(p.v_pages, v_row[j], d, p.dim);
-        }
-      }
+      int64_t k_row[kKeys], v_row[kKeys];
+      find(a, b, kv_head, key, last, row, k_row, v_row);
+      scores(p, q, k_row, score);
+      add(running, p, score, v_row);
     }
-    write(p, split, b, token, head, out, top, sum);
+    write(p, split, b, token, head, running);
   }
 
-  SIMT_DEVICE static void write(const AttentionParams& p, int split, int b, int token, int head,
-                                const float (&out)[kPerLane], float top, float sum) {
+  SIMT_DEVICE static void write(const AttentionParams& p, int split, int b, int token, int head, const Running& r) {
     const int64_t row = workspace_row(p, b, token, head), at = offset(p.out_strides, b, token, head);
-    const float inverse = sum == 0.f ? 0.f : 1.f / sum;
+    const float inverse = r.sum == 0.f ? 0.f : 1.f / r.sum;
 #pragma unroll
     for (int i = 0; i < kPerLane; i++) {
       const int d = lane_id() + i * kWarp;
       if (d >= p.dim) continue;
       const float factor = p.v_channels ? inverse * p.v_channels[head / (p.q_heads / p.kv_heads) * p.dim + d] : inverse;
       if (p.splits > 1)
-        partial_out(p, split, row)[d] = out[i] * factor;
+        partial_out(p, split, row)[d] = r.out[i] * factor;
       else
-        store_float(static_cast<T*>(p.out) + at + d, out[i] * factor);
+        store_float(static_cast<T*>(p.out) + at + d, r.out[i] * factor);
     }
-    const float lse = sum == 0.f ? -INFINITY : (top + log2_approx(sum)) * kLn2;
+    const float lse = r.sum == 0.f ? -INFINITY : (r.top + log2_approx(r.sum)) * kLn2;
     if (lane_id() == 0)
       *(p.splits > 1 ? partial_lse(p, split, row) : p.lse + offset(p.lse_strides, b, token, head)) = lse;
   }
