@@ -92,7 +92,6 @@ class TileTasks {
       const TileCut::Unit unit = cut_.unit(i);
       const int64_t within = unit.task / cut_.groups;
       multiply(packed + within * cut_.block_size(), (block + within) * cut_.block, unit, making);
-      making.finish();
       Packed* made = made_;
       made_ = spare_;
       spare_ = made;
@@ -116,7 +115,7 @@ class TileTasks {
           first(unit.panel * kPanel),
           step(unit.segment),
           parts(job->parts(first, layout.steps)) {}
-    // As much as is due after one of `times`.
+    // As much as is due after one of `times`: all is made after the last.
     TILEWISE_INLINE void advance(int64_t times) {
       for (due += parts; due >= times && part < parts; due -= times) job->make(to, layout, first, step, part++);
     }
@@ -139,6 +138,8 @@ class TileTasks {
     }
   };
 
+  // On the way all of `making` is made. A square takes the steps in which all of the one before it is finished, whose
+  // place it may then take.
   void multiply(const Packed* packed, int64_t held, const TileCut::Unit& unit, Making& making) {
     const int64_t steps = cut_.steps_of(unit), panel = unit.panel * kPanel;
     const int64_t width = min_of<int64_t>(kPanel, job_.panel() - panel);
@@ -162,7 +163,6 @@ class TileTasks {
             if (last) job_.expect(panel + q, held + h * kPair, int(k * kFinishParts / steps));
           }
         }
-        finishing_.finish(job_);  // before its place may be taken
         end_tiles<2, 2>(sums, kPair);
         if (last) finishing_ = {sums, panel + q, held + h * kPair, 0};
       }
