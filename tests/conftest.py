@@ -16,6 +16,8 @@ from pathlib import Path
 
 # Where a kernel reports a bad index, the next call raises: launches wait, so that tests meet the report there.
 os.environ.setdefault("CUDA_LAUNCH_BLOCKING", "1")
+# Threads that wait for the rest of their team sleep: spinning, they take the cores that other test processes need.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 _KINDS = os.environ.get("TILEWISE_DEVICES", "cpu emulated cuda").split()
 pretend = None
 if "pretend" in _KINDS:
