@@ -10,6 +10,7 @@ from tilewise.sparse.operators import csr_linear_dvalues_op, csr_linear_op, nm_l
 CSR_SHAPE = (512, 2048, 2048)  # rows, inputs, outputs
 CSR_TARGETS = {0.8: 1.8, 0.9: None, 0.95: None}
 NM_SHAPES = [(1, 4096, 4096), (16, 4096, 4096), (512, 2048, 2048), (2048, 512, 2048)]
+FEW_ROWS_OF_16_BITS = [(rows, 4096, 4096) for rows in (4, 8, 32)]  # on tiles, whose kernels change between them
 CUDA_NM_SHAPES = [(1, 8192, 8192), (16, 8192, 8192), (4096, 4096, 4096), (8192, 8192, 8192)]
 
 
@@ -66,11 +67,17 @@ def _csr_cases(device, sparsity, target, rows, columns, out):
     yield Case(f"{name} dvalues", lambda: csr_linear_dvalues_op(dy, x, matrix, tile), lambda: dy.t() @ x, **work)
 
 
+def _nm_shapes(device, dtype):
+    if device.type != "cpu":
+        return CUDA_NM_SHAPES
+    return NM_SHAPES if dtype == torch.float32 else sorted(NM_SHAPES + FEW_ROWS_OF_16_BITS)
+
+
 def cases(device: torch.device) -> list[Case]:
     found = []
     dtypes = [torch.float32, torch.bfloat16] if device.type == "cpu" else [torch.float16, torch.bfloat16]
     for dtype in dtypes:
-        for shape in NM_SHAPES if device.type == "cpu" else CUDA_NM_SHAPES:
+        for shape in _nm_shapes(device, dtype):
             found += _nm_cases(device, dtype, *shape)
     if device.type == "cpu":
         for sparsity, target in CSR_TARGETS.items():
