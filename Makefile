@@ -9,9 +9,10 @@ CONFIGURE = $(PY) -m cmake -S . -G Ninja -DCMAKE_MAKE_PROGRAM=$(NINJA) -DPython_
 SANITIZERS := $(shell g++ -print-file-name=libasan.so) $(shell g++ -print-file-name=libubsan.so)
 SANITIZER_OPTIONS := detect_leaks=0:detect_stack_use_after_return=0:verify_asan_link_order=0
 FAMILY ?=
-TESTS := test-attention test-others test-mutations test-race test-asan
+TESTS := test-mutations test-attention test-others test-race test-asan
+BESIDE ?=
 
-.PHONY: help demo test $(TESTS) build bench bench-cpp study gpu-report lint format wheel-check torches-check clean
+.PHONY: help demo test $(TESTS) test-wheel build bench bench-cpp study gpu-report lint format wheel-check torches-check clean
 help:
 	@echo 'make demo         train two small models on real text and decode with token trees (4 minutes)'
 	@echo 'make test         every test; CUDA kernels run emulated, race-checked and sanitized'
@@ -34,13 +35,13 @@ build: build/.environment
 	$(CONFIGURE) -B build -DTILEWISE_EMULATOR=ON
 	MAKEFLAGS= $(PY) -m cmake --build build
 
-# The whole suite, in two halves; its seeded bugs; then its small cases again with the CUDA kernels race-checked, and
-# under ASan and UBSan. Two at a time; where nobody watches, the output of each stays together. Bounds stand near what
-# kernels do, so of ten thousand cases some draw misses its own: these are the ones that were looked at. pytest alone
-# draws fresh ones each time.
+# The seeded bugs; the whole suite, in two halves; then its small cases again with the CUDA kernels race-checked, and
+# under ASan and UBSan. Two at a time, the longest first; where nobody watches, the output of each stays together.
+# Bounds stand near what kernels do, so of ten thousand cases some draw misses its own: these are the ones that were
+# looked at. pytest alone draws fresh ones each time.
 $(TESTS): export TILEWISE_SEED ?= $(shell cat .ci/seed)
 test: build
-	$(MAKE) -j2 $(if $(MAKE_TERMOUT),,--output-sync=target) $(TESTS)
+	$(MAKE) -j2 $(if $(MAKE_TERMOUT),,--output-sync=target) $(TESTS) $(BESIDE)
 test-attention: build
 	$(PY) -m pytest tests/test_attention*.py
 test-others: build
@@ -91,6 +92,9 @@ format: build/.lint
 
 wheel-check: build/.environment
 	$(PY) tools/check_wheel.py
+# The same of what is built: `make test BESIDE=test-wheel` makes it one more part.
+test-wheel: build
+	MAKEFLAGS= $(PY) tools/check_wheel.py
 
 # Not in CI: it downloads every release of torch with its CUDA libraries, 3 to 7 GB each.
 torches-check: build/.environment
