@@ -109,6 +109,8 @@ void score_region(const Region& region, int dim, const Rows& k, const ForwardTil
     VF acc[M][N] = {};
     if constexpr (kChange == Change::extra)
       multiply_and_ask(acc, dim, k.data + key * k.stride, k.stride, tile.q + lane, *s.to_come);
+    else if constexpr (kChange == Change::mask)  // few keys may be left, whose rounding is not averaged
+      multiply_in_chains<32>(acc, dim, k.data + key * k.stride, k.stride, tile.q + lane);
     else
       multiply<Operand::by_row>(acc, dim, k.data + key * k.stride, k.stride, tile.q + lane, kLanes);
     float* p = s.probabilities + key * kLanes + lane;

@@ -70,12 +70,12 @@ TILEWISE_INLINE void multiply(VF (&acc)[M][N], int depth, const float* a, int64_
   for (; k < depth; k++, a += along, b += ldb) multiply_step(acc, a, across, b);
 }
 
-// The same by row against a tile, in sums of 16 terms that are added up: a quarter of the rounding of one chain of 64,
-// for results that are looked at one by one.
-template <int M, int N>
+// The same by row against a tile, in sums of a few terms that are added up: with 16, a quarter of the rounding of one
+// chain of 64, for results that are looked at one by one.
+template <int kChain = 16, int M, int N>
 TILEWISE_INLINE void multiply_in_chains(VF (&acc)[M][N], int depth, const float* a, int64_t lda, const float* tile) {
-  constexpr int kChain = 16;
-  for (int d = 0; d < depth; d += kChain) {
+  multiply<Operand::by_row>(acc, min_of(kChain, depth), a, lda, tile, kLanes);
+  for (int d = kChain; d < depth; d += kChain) {
     VF part[M][N] = {};
     multiply<Operand::by_row>(part, min_of(kChain, depth - d), a + d, lda, tile + d * kLanes, kLanes);
 #pragma GCC unroll 8
