@@ -16,6 +16,8 @@ constexpr int kMatrixRows = 2 * kTileRows, kMatrixTiles = kTaskRows / kMatrixRow
 // Queries and results of a team of heads stay in the L2 cache. More rows than these are bound by the products: their
 // blocks are as large as can be, since results pass through the L1 cache once a block.
 constexpr int kTeamRows = 64, kTeamSize = 8;
+// A range of keys costs 60 us beside its products when rows are many: queries to pack, results to write and to merge.
+constexpr Share kTeamOfHeads = {kTeamSize}, kOneHead = {1}, kLongRanges = {1, kKeyBlock, 4096};
 
 // Row i of a tile sees the keys of the block that its bits name.
 struct SeesBits {
@@ -206,8 +208,9 @@ const char* attend_few_on_tiles(const typename Visibility::Params& p, const Runt
 template <class T, class Operands, class Visibility>
 const char* run_on_tiles(const typename Visibility::Params& p, const Runtime& rt) {
   const int rows = team_rows(p);
-  const bool team = rows > kFewRows && rows <= kTeamRows && p.softcap == 0;
-  return run_tasks<Visibility>(p, rt, {team ? kTeamSize : 1}, [](const Task<Visibility>& task, const Runtime& rt) {
+  const bool tiles = rows > kFewRows && p.softcap == 0;
+  const Share& share = !tiles ? kOneHead : rows <= kTeamRows ? kTeamOfHeads : kLongRanges;
+  return run_tasks<Visibility>(p, rt, share, [](const Task<Visibility>& task, const Runtime& rt) {
     return attend_on_tiles<T, Operands>(task, rt);
   });
 }
