@@ -16,7 +16,7 @@ constexpr int kMatrixRows = 2 * kTileRows, kMatrixTiles = kTaskRows / kMatrixRow
 // Queries and results of a team of heads stay in the L2 cache. More rows than these are bound by the products: their
 // blocks are as large as can be, since results pass through the L1 cache once a block.
 constexpr int kTeamRows = 64, kTeamSize = 8;
-// A range of keys costs 60 us beside its products when rows are many: queries to pack, results to write and to merge.
+// A range of keys costs some 60 us beside its products when rows are many (docs/performance/speculative.md).
 constexpr Share kTeamOfHeads = {kTeamSize}, kOneHead = {1}, kLongRanges = {1, kKeyBlock, 4096};
 
 // Row i of a tile sees the keys of the block that its bits name.
